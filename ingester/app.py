@@ -1,0 +1,121 @@
+"""The daemon: wiring, signals, the loop, exit codes. Run by `python -m ingester.app`.
+
+What it does: moves batches from the broker through ingest() and back, and waits out the
+outages of the database. What it does not: know SQL, paho or the event contract.
+
+Invariant: a batch is settled only after ingest() has returned for it. Whatever else
+happens it stays in hand, and stays with the broker, to be tried again.
+
+Exit codes: 0 after SIGTERM or SIGINT, 2 for wrong settings, 1 with a traceback for a bug.
+"""
+
+import logging
+import os
+import signal
+import sys
+import time
+from types import FrameType
+
+from dotenv import load_dotenv
+
+from ingester.broker import Broker
+from ingester.ingest import ingest
+from ingester.outage import Outage
+from ingester.progress import Progress
+from ingester.settings import Settings, SettingsError
+from ingester.store import Store, StoreUnavailable
+
+# How long the loop waits for something to happen; a signal is noticed at the latest then.
+TURN_SECONDS = 1.0
+# How long the database may go unasked, so that its absence is noticed in a quiet hour too.
+PING_SECONDS = 10.0
+# From a signal on, the batch in hand may still take this long; the whole stop 5 s.
+FINISH_SECONDS = 3.0
+
+
+class Daemon:
+    """The loop, and what a signal does to it."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._stopping = False
+        self._store = Store(settings.database)
+        self._broker = Broker(
+            host=settings.mqtt_host,
+            port=settings.mqtt_port,
+            client_id=settings.mqtt_client_id,
+            username=settings.mqtt_username,
+            password=settings.mqtt_password,
+            events_topic=settings.topics.events,
+        )
+        self._database = Outage("Postgres")
+        self._progress = Progress(settings.heartbeat_file)
+        self._answered_at = 0.0
+
+    def stop(self, _signal: int, _frame: FrameType | None) -> None:
+        """Let the loop end after the batch in hand; a signal handler."""
+        self._stopping = True
+        self._store.give_up_at(time.monotonic() + FINISH_SECONDS)
+
+    def run(self) -> None:
+        """Move batches until stop(), then disconnect."""
+        while not self._stopping:
+            if pause_seconds := self._database.pause_seconds():
+                self._broker.wait(min(pause_seconds, TURN_SECONDS))
+                continue
+            try:
+                self._turn()
+            except StoreUnavailable as error:
+                self._database.failed(str(error))
+        self._broker.close()
+        self._store.close()
+        logging.info("stopped")
+
+    def _turn(self) -> None:
+        """Settle what has arrived, or wait a moment for something to arrive."""
+        self._store.connect()
+        batch = self._broker.receive(self._settings.batch_max, TURN_SECONDS)
+        began_at = time.monotonic()
+        if batch:
+            topics = self._settings.topics
+            replies, counts = ingest(batch, self._store, topics, self._settings.device_default_tz)
+            self._broker.settle(batch, replies)
+            self._progress.settled(counts, time.monotonic() - began_at)
+            self._answered_at = began_at
+        elif began_at - self._answered_at > PING_SECONDS:
+            self._store.ping()
+            self._answered_at = began_at
+        self._database.over()
+        if self._broker.connected:
+            self._progress.all_is_well()
+        self._progress.summarise()
+
+
+def main() -> int:
+    """Run the daemon until a signal; return the exit code."""
+    load_dotenv(".env")
+    try:
+        settings = Settings.from_env(os.environ)
+    except SettingsError as error:
+        print(f"ingester: {error}", file=sys.stderr)
+        return 2
+    _log_to_stdout(settings.log_level)
+    daemon = Daemon(settings)
+    signal.signal(signal.SIGTERM, daemon.stop)
+    signal.signal(signal.SIGINT, daemon.stop)
+    daemon.run()
+    return 0
+
+
+def _log_to_stdout(level: str) -> None:
+    handler = logging.StreamHandler(sys.stdout)
+    formatter = logging.Formatter(
+        "%(asctime)s.%(msecs)03dZ %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S"
+    )
+    formatter.converter = time.gmtime
+    handler.setFormatter(formatter)
+    logging.basicConfig(level=level, handlers=[handler])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

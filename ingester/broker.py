@@ -1,0 +1,223 @@
+"""The one MQTT session, and everything that knows paho.
+
+What it does: keeps the session connected, hands out the messages that have arrived, and
+publishes replies before it PUBACKs. What it does not: look into a message.
+
+Invariant: a message is PUBACKed at most once, after its replies were handed to the socket,
+and on the very connection that brought it. Packet ids begin again at 1 after a broker's
+restart: PUBACKing an id kept from an earlier connection deletes other messages unseen.
+"""
+
+import logging
+import select
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any, NamedTuple
+
+from paho.mqtt import client as paho
+from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode
+from paho.mqtt.reasoncodes import ReasonCode
+
+from ingester.outage import Outage
+from ingester.reply import Reply
+
+log = logging.getLogger(__name__)
+
+# The broker cuts the session after one and a half times this without a packet: well above
+# the longest wait for the database.
+KEEPALIVE_SECONDS = 60
+CONNECT_SECONDS_MAX = 3.0
+# What is still to be written at the end may take this long.
+CLOSE_SECONDS_MAX = 1.0
+# Bytes of payloads that one batch holds, but always at least one message.
+BATCH_BYTES_MAX = 1_048_576
+
+
+class Message(NamedTuple):
+    """A topic and bytes off the wire; not trusted."""
+
+    topic: str
+    payload: bytes
+    received_at: datetime
+    mid: int
+    qos: int
+    connection: int  # the number of the connection that brought it
+
+
+class Broker:
+    """One session, kept by the broker under a fixed client id while we are away."""
+
+    def __init__(
+        self,
+        *,
+        host: str,
+        port: int,
+        client_id: str,
+        username: str | None,
+        password: str | None,
+        events_topic: str,
+    ) -> None:
+        self._host = host
+        self._port = port
+        self._events_topic = events_topic
+        self._in_hand: list[Message] = []
+        self._connection = 0
+        self._connected = False
+        self._connecting_until = 0.0
+        self._error: str | None = None  # why we ended the connection, or the broker did
+        self._closing = False
+        self._outage = Outage("MQTT")
+        # MQTT 3.1.1: its session has no expiry to set, and paho spends half as long on it.
+        self._client = paho.Client(
+            CallbackAPIVersion.VERSION2,
+            client_id=client_id,
+            clean_session=False,
+            manual_ack=True,
+            reconnect_on_failure=False,
+        )
+        self._client.connect_timeout = CONNECT_SECONDS_MAX
+        # Past its default limit of 20, publishes would queue in paho while PUBACKs do not,
+        # and a PUBACK would overtake its ACK.
+        self._client.max_inflight_messages_set(0)
+        if username is not None:
+            self._client.username_pw_set(username, password)
+        self._client.on_connect = self._on_connect
+        self._client.on_subscribe = self._on_subscribe
+        self._client.on_message = self._on_message
+        self._client.on_disconnect = self._on_disconnect
+
+    @property
+    def connected(self) -> bool:
+        """Whether the session is up and the broker has granted the subscription."""
+        return self._connected
+
+    def receive(self, messages_max: int, seconds_max: float) -> list[Message]:
+        """Return the oldest messages in hand, up to a batch; wait only if there is none.
+
+        They stay in hand, and come again with the next call, until settle() or until the
+        connection is lost.
+        """
+        if not self._in_hand:
+            self._loop(seconds_max)
+        while len(self._in_hand) < messages_max and self._has_input():
+            self._loop(0)
+        batch: list[Message] = []
+        bytes_total = 0
+        for message in self._in_hand[:messages_max]:
+            bytes_total += len(message.payload)
+            if batch and bytes_total > BATCH_BYTES_MAX:
+                break
+            batch.append(message)
+        return batch
+
+    def wait(self, seconds: float) -> None:
+        """Keep the session alive for that long, whatever arrives."""
+        until = time.monotonic() + seconds
+        while (left_seconds := until - time.monotonic()) > 0:
+            self._loop(left_seconds)
+
+    def settle(self, batch: Sequence[Message], replies: Sequence[Reply]) -> None:
+        """Publish the replies, then PUBACK the batch that receive() gave, in its order.
+
+        If the connection that brought the batch is lost, the rest is left undone: the broker
+        will deliver the batch again.
+        """
+        if not self._connected or batch[0].connection != self._connection:
+            return
+        for reply in replies:
+            rc = self._client.publish(reply.topic, reply.payload, qos=1).rc
+            if rc != MQTTErrorCode.MQTT_ERR_SUCCESS:
+                return
+        for message in batch:
+            # A PUBACK for a QoS 0 message makes the broker disconnect us.
+            if message.qos > 0:
+                self._client.ack(message.mid, message.qos)
+        if self._connected:  # else all in hand was dropped meanwhile
+            del self._in_hand[: len(batch)]
+
+    def close(self) -> None:
+        """Write what is still to be written, and disconnect; the broker keeps the session."""
+        if not self._client.is_connected():
+            return
+        until = time.monotonic() + CLOSE_SECONDS_MAX
+        self._closing = True
+        self._client.disconnect()
+        while self._client.want_write() and time.monotonic() < until:
+            self._client.loop(0.1)
+
+    def _has_input(self) -> bool:
+        sock = self._client.socket()
+        return sock is not None and bool(select.select([sock], [], [], 0)[0])
+
+    def _loop(self, seconds_max: float) -> None:
+        """Let paho read and write once; (re)connect if there is no connection."""
+        if self._client.socket() is None:
+            pause_seconds = self._outage.pause_seconds()
+            if pause_seconds > 0:
+                time.sleep(min(pause_seconds, seconds_max))
+                return
+            if not self._connect():
+                return
+        self._client.loop(seconds_max)
+        if not self._connected and time.monotonic() > self._connecting_until:
+            self._drop("no CONNACK or SUBACK in time")
+
+    def _connect(self) -> bool:
+        self._connecting_until = time.monotonic() + CONNECT_SECONDS_MAX
+        self._error = None
+        try:
+            self._client.connect(self._host, self._port, KEEPALIVE_SECONDS)
+        except OSError as error:
+            self._outage.failed(f"cannot connect to {self._host}:{self._port}: {error}")
+            return False
+        return True
+
+    def _drop(self, error: str) -> None:
+        """Give up a connection that is of no use."""
+        self._error = error
+        self._client.disconnect()
+
+    def _on_connect(
+        self, client: paho.Client, _user: Any, _flags: Any, reason_code: ReasonCode, _props: Any
+    ) -> None:
+        if reason_code.is_failure:
+            self._error = f"the broker refuses the connection: {reason_code}"
+            return
+        self._connection += 1
+        log.info("MQTT connected rc=%s; subscribing %s", reason_code, self._events_topic)
+        # At every connect: a kept session would hide that the topic was changed. QoS 1, not
+        # 2: at 2 paho answers before it hands the message over.
+        client.subscribe(self._events_topic, qos=1)
+
+    def _on_subscribe(
+        self, _client: Any, _user: Any, _mid: int, reason_codes: list[ReasonCode], _props: Any
+    ) -> None:
+        if any(reason_code.is_failure for reason_code in reason_codes):
+            self._drop(f"the broker refuses the subscription to {self._events_topic}")
+            return
+        self._connected = True
+        self._outage.over()
+
+    def _on_message(self, _client: Any, _user: Any, message: paho.MQTTMessage) -> None:
+        # Append and nothing else: an exception that leaves a callback makes paho hand over
+        # the same message again and again.
+        self._in_hand.append(
+            Message(
+                message.topic,
+                bytes(message.payload),
+                datetime.now(UTC),
+                message.mid,
+                message.qos,
+                self._connection,
+            )
+        )
+
+    def _on_disconnect(
+        self, _client: Any, _user: Any, _flags: Any, reason_code: ReasonCode, _props: Any
+    ) -> None:
+        # Not PUBACKed, so the broker will send them again.
+        self._in_hand.clear()
+        self._connected = False
+        if not self._closing:
+            self._outage.failed(self._error or f"connection lost: {reason_code}")

@@ -1,0 +1,296 @@
+"""The event contract: from the bytes of a payload to valid, frozen events.
+
+What it does: decides whether a payload holds events that can be stored, and says what is
+wrong if not. What it does not: I/O, settings, the clock; the same bytes always give the
+same answer.
+
+Invariant: any bytes give events or a Rejection, never another exception, and every Event
+is one that PostgreSQL takes. Python's own leniency (NaN, UTF-16, week dates, True == 1)
+is not the contract.
+"""
+
+import contextlib
+import json
+import math
+import re
+from datetime import UTC, datetime, tzinfo
+from typing import Any, NamedTuple
+
+from ingester.rejection import Reason, Rejection
+
+SCHEMA = 1
+
+# Bytes. Far more than a device sends at once, and small enough to hold a thousand of.
+PAYLOAD_BYTES_MAX = 262_144
+# Each event of an array is answered, so the array's ACK must fit the broker's
+# max_packet_size (mosquitto.conf): 1,000 answers of at most 1.4 kB.
+ARRAY_EVENTS_MAX = 1_000
+META_NESTING_MAX = 32
+
+_DEVICE_ID = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
+# The profile of ISO 8601 that RFC 3339 has, plus an absent, short or colonless offset.
+_TIMESTAMP = re.compile(
+    r"[0-9]{4}-[0-9]{2}-[0-9]{2}T([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](\.[0-9]+)?"
+    r"(Z|[+-]([01][0-9]|2[0-3])(:?[0-5][0-9])?)?"
+)
+# What PostgreSQL's text cannot hold: U+0000, and halves of a surrogate pair.
+_UNSTORABLE = re.compile("[\0\ud800-\udfff]")
+_UNSTORABLE_OR_CONTROL = re.compile("[\0-\x1f\x7f-\x9f\ud800-\udfff]")
+# The same in JSON text, where U+0000 is an escape: an odd number of backslashes before it.
+_UNSTORABLE_JSON = re.compile("[\ud800-\udfff]" + r"|(?<!\\)(?:\\\\)*\\u0000")
+
+
+class Event(NamedTuple):
+    """A valid event, field for column of the table `events`.
+
+    At most one of value_num and value_text is set. ts_device is in UTC. meta is JSON text.
+    """
+
+    event_id: str
+    device_id: str
+    schema: int
+    event_type: str
+    value_num: float | None
+    value_text: str | None
+    unit: str | None
+    ts_device: datetime | None
+    meta: str
+
+
+def decode(device_id: str, payload: bytes, default_tz: tzinfo) -> Event | list[Event | Rejection]:
+    """Decode a payload: one event, or an array of events that each stand or fall alone.
+
+    `device_id` is the topic's; `default_tz` applies to a ts_device without an offset.
+    Raises Rejection if the payload as a whole, or its only event, is refused.
+    """
+    document = _parse(payload)
+    if not isinstance(document, list):
+        return _event(document, device_id, default_tz)
+    if not document:
+        raise Rejection(Reason.NOT_AN_OBJECT, "the array is empty: expected event objects")
+    if len(document) > ARRAY_EVENTS_MAX:
+        raise Rejection(
+            Reason.PAYLOAD_TOO_LARGE,
+            f"an array may hold {ARRAY_EVENTS_MAX} events, this one holds {len(document)}",
+        )
+    if not _DEVICE_ID.fullmatch(device_id):
+        # No event on such a topic is ever stored. One answer says so, not a thousand that
+        # each carry a device id of up to 65 kB.
+        raise _invalid_device_id()
+    results: list[Event | Rejection] = []
+    for item in document:
+        try:
+            results.append(_event(item, device_id, default_tz))
+        except Rejection as rejection:
+            results.append(rejection)
+    return results
+
+
+def elements(payload: bytes) -> list[bytes]:
+    """Return the JSON of each element of an array that decode() gave results for."""
+    return [_own_json(element) or payload for element in _parse(payload)]
+
+
+def _parse(payload: bytes) -> Any:
+    if len(payload) > PAYLOAD_BYTES_MAX:
+        raise Rejection(
+            Reason.PAYLOAD_TOO_LARGE,
+            f"a payload may have {PAYLOAD_BYTES_MAX} bytes, this one has {len(payload)}",
+        )
+    try:
+        text = payload.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise Rejection(Reason.NOT_UTF8, f"byte {error.start} is not UTF-8") from None
+    if not text:
+        raise Rejection(Reason.NOT_JSON, "the payload is empty")
+    try:
+        return _JSON.decode(text)
+    except ValueError as error:
+        raise Rejection(Reason.NOT_JSON, str(error)) from None
+    except RecursionError:
+        raise Rejection(Reason.NOT_JSON, "nested too deeply to be read") from None
+
+
+def _integer(text: str) -> int:
+    if len(text) > 308 and math.isinf(float(text)):
+        raise ValueError("a number overflows a double")
+    return int(text)
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError("a number overflows a double")
+    return number
+
+
+def _constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+# Made once: json.loads() makes one at every call that has hooks.
+_JSON = json.JSONDecoder(parse_int=_integer, parse_float=_finite, parse_constant=_constant)
+
+
+def _event(fields: Any, device_id: str, default_tz: tzinfo) -> Event:
+    if not isinstance(fields, dict):
+        raise Rejection(Reason.NOT_AN_OBJECT, f"expected an event object, got {_kind(fields)}")
+    try:
+        _check_schema(_required(fields, "schema"))
+        event_id = _text(_required(fields, "event_id"), "event_id", 1, 200)
+        _check_device_id(_required(fields, "device_id"), device_id)
+        event_type = _text(_required(fields, "event_type"), "event_type", 1, 100)
+        value_num, value_text = _value(fields.get("value"))
+        unit = fields.get("unit")
+        return Event(
+            event_id=event_id,
+            device_id=device_id,
+            schema=SCHEMA,
+            event_type=event_type,
+            value_num=value_num,
+            value_text=value_text,
+            unit=None if unit is None else _text(unit, "unit", 0, 50),
+            ts_device=_timestamp(fields.get("ts_device"), default_tz),
+            meta=_meta(fields.get("meta")),
+        )
+    except Rejection as rejection:
+        # The device knows its event by the id, so the answer carries it where it can.
+        with contextlib.suppress(Rejection):
+            rejection.event_id = _text(fields.get("event_id"), "event_id", 1, 200)
+        raise
+
+
+def _required(fields: dict[str, Any], name: str) -> Any:
+    try:
+        return fields[name]
+    except KeyError:
+        raise Rejection(Reason.MISSING_FIELD, f"{name} is required") from None
+
+
+def _check_schema(value: Any) -> None:
+    if type(value) is not int:
+        raise _invalid("schema", f"the integer {SCHEMA}", value)
+    if value != SCHEMA:
+        raise Rejection(Reason.UNSUPPORTED_SCHEMA, f"schema: expected {SCHEMA}, got another number")
+
+
+def _check_device_id(value: Any, topic_device_id: str) -> None:
+    if not isinstance(value, str):
+        raise _invalid("device_id", "a string", value)
+    if not _DEVICE_ID.fullmatch(value):
+        raise _invalid_device_id()
+    if value != topic_device_id:
+        raise Rejection(Reason.DEVICE_MISMATCH, "device_id: is not the one in the topic")
+
+
+def _text(value: Any, name: str, chars_min: int, chars_max: int) -> str:
+    if not isinstance(value, str):
+        raise _invalid(name, "a string", value)
+    if not chars_min <= len(value) <= chars_max:
+        raise Rejection(
+            Reason.INVALID_FIELD,
+            f"{name}: expected {chars_min} to {chars_max} characters, got {len(value)}",
+        )
+    if _UNSTORABLE_OR_CONTROL.search(value):
+        raise Rejection(
+            Reason.INVALID_FIELD,
+            f"{name}: holds a control character or half of a surrogate pair",
+        )
+    return value
+
+
+def _value(value: Any) -> tuple[float | None, str | None]:
+    if value is None:
+        return None, None
+    if isinstance(value, str):
+        if _UNSTORABLE.search(value):
+            raise Rejection(Reason.INVALID_FIELD, "value: holds U+0000 or half of a surrogate pair")
+        return None, value
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value), None
+    raise _invalid("value", "a number or a string", value)
+
+
+def _timestamp(value: Any, default_tz: tzinfo) -> datetime | None:
+    if value is None:
+        return None
+    if not isinstance(value, str):
+        raise _invalid("ts_device", "a string", value)
+    if _TIMESTAMP.fullmatch(value):
+        try:
+            moment = datetime.fromisoformat(value)
+            if moment.tzinfo is None:
+                moment = moment.replace(tzinfo=default_tz)
+            return moment.astimezone(UTC)
+        except (ValueError, OverflowError):  # 30 February; year 1 at +14:00
+            pass
+    raise Rejection(
+        Reason.INVALID_FIELD,
+        "ts_device: expected ISO 8601 date and time, such as 2026-02-10T00:00:00Z",
+    )
+
+
+def _meta(value: Any) -> str:
+    if value is None:
+        return "{}"
+    if not isinstance(value, dict):
+        raise _invalid("meta", "an object", value)
+    if _nests_deeper(value, META_NESTING_MAX):
+        raise Rejection(Reason.INVALID_FIELD, f"meta: nested deeper than {META_NESTING_MAX} levels")
+    text = json.dumps(value, ensure_ascii=False)
+    if _UNSTORABLE_JSON.search(text):
+        raise Rejection(
+            Reason.INVALID_FIELD,
+            "meta: a string holds U+0000 or half of a surrogate pair",
+        )
+    return text
+
+
+def _nests_deeper(value: Any, levels_max: int) -> bool:
+    # Level by level and not recursively: the depth is the device's to choose.
+    level = [value]
+    for _ in range(levels_max):
+        level = [
+            child
+            for node in level
+            for child in (node.values() if isinstance(node, dict) else node)
+            if isinstance(child, (dict, list))
+        ]
+        if not level:
+            return False
+    return True
+
+
+def _own_json(element: Any) -> bytes | None:
+    try:
+        return json.dumps(element, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:  # half of a surrogate pair: only an escape can say it
+        return json.dumps(element).encode("ascii")
+    except RecursionError:  # read at the last possible depth, which writing does not reach
+        return None
+
+
+def _invalid_device_id() -> Rejection:
+    return Rejection(
+        Reason.INVALID_FIELD, "device_id: expected 1 to 64 characters of A-Z a-z 0-9 _ . : -"
+    )
+
+
+def _invalid(name: str, expected: str, value: Any) -> Rejection:
+    return Rejection(Reason.INVALID_FIELD, f"{name}: expected {expected}, got {_kind(value)}")
+
+
+def _kind(value: Any) -> str:
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return "true" if value else "false"
+        case int() | float():
+            return "a number"
+        case str():
+            return "a string"
+        case list():
+            return "an array"
+        case _:
+            return "an object"

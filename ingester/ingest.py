@@ -1,0 +1,123 @@
+"""The hot path: one batch of messages in, what is to be published out.
+
+What it does: decodes, stores, keeps what cannot be stored, and answers each event. What it
+does not: receive, publish or PUBACK.
+
+Invariant: when ingest() returns, every event of the batch is a committed row of `events`
+or of `dead_letters`. When it raises, nothing may be PUBACKed, and the same batch can be
+given again: what was stored comes out as a duplicate, which gets the very same ACK.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from datetime import tzinfo
+from typing import NamedTuple
+
+from ingester.broker import Message
+from ingester.event import Event, decode, elements
+from ingester.rejection import DeadLetter, Reason, Rejection
+from ingester.reply import Reply, ack, ack_for, dead_letter_for
+from ingester.store import Outcome, Store
+from ingester.topic import Topics
+
+
+class Decoded(NamedTuple):
+    """A message and what its payload held; device_id is None if its topic names none."""
+
+    message: Message
+    device_id: str | None
+    results: list[Event | Rejection]
+    is_array: bool
+
+
+def ingest(
+    messages: Sequence[Message], store: Store, topics: Topics, default_tz: tzinfo
+) -> tuple[list[Reply], Counter[str]]:
+    """Store the messages' events; return the replies to publish, and what to count.
+
+    Raises StoreUnavailable.
+    """
+    batch = [_decode(message, topics, default_tz) for message in messages]
+    events = [result for item in batch for result in item.results if isinstance(result, Event)]
+    outcomes = iter(store.insert(events))
+
+    counts = Counter(received=len(messages))
+    acks: list[Reply] = []
+    letters: list[DeadLetter] = []
+    for item in batch:
+        verdicts = [next(outcomes) if isinstance(r, Event) else r for r in item.results]
+        counts.update(_COUNTED_AS.get(verdict, "rejected") for verdict in verdicts)
+        rejections = [_rejection(verdict) for verdict in verdicts]
+        acks += _acks(item, rejections, topics)
+        letters += _dead_letters(item, rejections)
+
+    ids = store.keep(letters)
+    counts["dead_lettered"] = len(letters)
+    return acks + [
+        dead_letter_for(topics.deadletter, letter_id, letter)
+        for letter_id, letter in zip(ids, letters, strict=True)
+    ], counts
+
+
+_COUNTED_AS: dict[Outcome | Rejection, str] = {
+    Outcome.STORED: "stored",
+    Outcome.DUPLICATE: "duplicates",
+}
+
+
+def _decode(message: Message, topics: Topics, default_tz: tzinfo) -> Decoded:
+    device_id = topics.device_id(message.topic)
+    try:
+        if device_id is None:
+            # A kept session still delivers what an earlier MQTT_EVENTS_TOPIC matched.
+            raise Rejection(Reason.DEVICE_MISMATCH, "the topic is not one of MQTT_EVENTS_TOPIC")
+        decoded = decode(device_id, message.payload, default_tz)
+    except Rejection as rejection:
+        return Decoded(message, device_id, [rejection], is_array=False)
+    if isinstance(decoded, list):
+        return Decoded(message, device_id, decoded, is_array=True)
+    return Decoded(message, device_id, [decoded], is_array=False)
+
+
+def _rejection(verdict: Outcome | Rejection) -> Rejection | None:
+    """Return why an event is refused; None if its row is there, which is all that counts."""
+    if isinstance(verdict, Rejection):
+        return verdict
+    if verdict is Outcome.CONFLICT:
+        return Rejection(
+            Reason.EVENT_ID_CONFLICT, "event_id: was stored before with other content, which stays"
+        )
+    return None
+
+
+def _acks(item: Decoded, rejections: list[Rejection | None], topics: Topics) -> list[Reply]:
+    """Return the one ACK of a message, or none if there is no topic to send it to."""
+    device_id = item.device_id
+    if device_id is None or (topic := topics.ack(device_id)) is None:
+        return []
+    answers = [
+        ack(device_id, result.event_id, rejection)
+        for result, rejection in zip(item.results, rejections, strict=True)
+    ]
+    return [ack_for(topic, answers if item.is_array else answers[0])]
+
+
+def _dead_letters(item: Decoded, rejections: list[Rejection | None]) -> list[DeadLetter]:
+    """Return what to keep of a message: each refused event, whole."""
+    if not any(rejections):
+        return []
+    payload = item.message.payload
+    payloads = elements(payload) if item.is_array else [payload]
+    return [
+        DeadLetter(
+            received_at=item.message.received_at,
+            reason=rejection.reason,
+            error=rejection.error,
+            topic=item.message.topic,
+            device_id=item.device_id,
+            event_id=result.event_id,
+            payload=own_payload,
+        )
+        for result, rejection, own_payload in zip(item.results, rejections, payloads, strict=True)
+        if rejection is not None
+    ]

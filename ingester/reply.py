@@ -1,0 +1,72 @@
+"""What the ingester publishes: ACKs to devices, dead letters to whoever listens.
+
+What it does: builds topic and bytes from results. What it does not: publish, or keep; the
+whole of a refused payload is a row of dead_letters, and the published one is cut short.
+
+Invariant: a reply is small enough for the broker, whatever the device sent. A packet
+larger than the broker takes would disconnect the ingester, again and again.
+"""
+
+import base64
+import json
+from datetime import UTC
+from typing import Any, NamedTuple
+
+from ingester.event import SCHEMA
+from ingester.rejection import DeadLetter, Rejection
+
+# Characters of a payload in a published dead letter. The row has all of it.
+PAYLOAD_CHARS_MAX = 2_000
+
+
+class Reply(NamedTuple):
+    """A topic and bytes to publish, with QoS 1 and not retained."""
+
+    topic: str
+    payload: bytes
+
+
+def ack(device_id: str, event_id: str | None, rejection: Rejection | None) -> dict[str, Any]:
+    """Return the answer to one event: stored, or rejected if there is a rejection."""
+    answer = {
+        "schema": SCHEMA,
+        "event_id": event_id,
+        "device_id": device_id,
+        "status": "stored" if rejection is None else "rejected",
+    }
+    if rejection is not None:
+        answer |= {"reason": rejection.reason, "error": rejection.error}
+    return answer
+
+
+def ack_for(topic: str, answers: dict[str, Any] | list[dict[str, Any]]) -> Reply:
+    """Return the ACK of one message: an object, or an array if an array was sent."""
+    return Reply(topic, json.dumps(answers, ensure_ascii=False).encode("utf-8"))
+
+
+def dead_letter_for(topic: str, letter_id: int, letter: DeadLetter) -> Reply:
+    """Return what is published of the row `letter_id` of dead_letters."""
+    try:
+        payload, encoding = letter.payload.decode("utf-8"), "utf-8"
+    except UnicodeDecodeError:
+        # As many bytes as fill the limit once each three of them are four characters.
+        head = letter.payload[: PAYLOAD_CHARS_MAX // 4 * 3]
+        payload, encoding = base64.b64encode(head).decode("ascii"), "base64"
+        truncated = len(head) < len(letter.payload)
+    else:
+        truncated = len(payload) > PAYLOAD_CHARS_MAX
+    received_at = letter.received_at.astimezone(UTC).isoformat(timespec="milliseconds")
+    body = {
+        "schema": SCHEMA,
+        "id": letter_id,
+        "reason": letter.reason,
+        "error": letter.error,
+        "topic": letter.topic,
+        "device_id": letter.device_id,
+        "event_id": letter.event_id,
+        "payload": payload[:PAYLOAD_CHARS_MAX],
+        "payload_encoding": encoding,
+        "truncated": truncated,
+        "received_at": received_at.replace("+00:00", "Z"),
+    }
+    return Reply(topic, json.dumps(body, ensure_ascii=False).encode("utf-8"))

@@ -1,0 +1,147 @@
+"""The settings, from environment variables.
+
+What it does: reads and checks every variable once, and names every bad one at once. What
+it does not: read files, or look at the environment after the start.
+
+Invariant: a Settings that exists is complete and valid, so nothing behind it checks again.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from zoneinfo import ZoneInfo
+
+from ingester.topic import Topics, topic_problems
+
+LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
+# libpq's documentation, "Database Connection Control Functions", sslmode.
+SSL_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
+
+
+class SettingsError(Exception):
+    """The environment does not make valid settings; the text names each bad variable."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that can be configured; .env documents each variable.
+
+    `database` holds what libpq is told; what its own variables (PGHOST, ...) say is not in
+    it, because libpq reads those itself. `heartbeat_file` is None where nobody looks at it.
+    """
+
+    database: Mapping[str, str | int] = field(repr=False)
+    mqtt_host: str
+    mqtt_port: int
+    mqtt_username: str | None
+    mqtt_password: str | None = field(repr=False)
+    mqtt_client_id: str
+    topics: Topics
+    device_default_tz: ZoneInfo
+    log_level: str
+    batch_max: int
+    heartbeat_file: str | None
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str]) -> "Settings":
+        """Return the settings that `env` describes; an empty variable counts as absent.
+
+        Raises SettingsError, which names every missing or bad variable and its mend.
+        """
+        problems: list[str] = []
+        topics = Topics(
+            events=env.get("MQTT_EVENTS_TOPIC") or "qs/v1/+/events",
+            ack_template=env.get("ACK_TEMPLATE") or "qs/v1/{device_id}/acks",
+            deadletter=env.get("MQTT_DEADLETTER_TOPIC") or "qs/v1/deadletter",
+        )
+        log_level = (env.get("LOG_LEVEL") or "INFO").upper()
+        if log_level not in LOG_LEVELS:
+            problems.append(f"LOG_LEVEL: expected one of {', '.join(LOG_LEVELS)}")
+        if not env.get("MQTT_HOST"):
+            problems.append("MQTT_HOST: missing; set it to the broker's host name")
+        elif not _is_host(env["MQTT_HOST"]):
+            problems.append(f"MQTT_HOST: expected a host name, got {env['MQTT_HOST']!r}")
+        if env.get("MQTT_PASSWORD") and not env.get("MQTT_USERNAME"):
+            problems.append("MQTT_USERNAME: missing, and MQTT_PASSWORD needs it")
+        settings = cls(
+            database=_database(env, problems),
+            mqtt_host=env.get("MQTT_HOST", ""),
+            mqtt_port=_integer(env, "MQTT_PORT", 1883, 65_535, problems),
+            mqtt_username=env.get("MQTT_USERNAME") or None,
+            mqtt_password=env.get("MQTT_PASSWORD") or None,
+            mqtt_client_id=env.get("MQTT_CLIENT_ID") or "homelab-ingester",
+            topics=topics,
+            device_default_tz=_time_zone(env, "DEVICE_DEFAULT_TZ", problems),
+            log_level=log_level,
+            batch_max=_integer(env, "BATCH_MAX", 500, 10_000, problems),
+            heartbeat_file=env.get("HEARTBEAT_FILE") or None,
+        )
+        problems += topic_problems(topics)
+        if problems:
+            raise SettingsError(
+                "cannot start, the settings are wrong (see .env):"
+                + "".join(f"\n  {problem}" for problem in problems)
+            )
+        return settings
+
+
+def _database(env: Mapping[str, str], problems: list[str]) -> dict[str, str | int]:
+    """Return what libpq's own variables leave open, from the POSTGRES_ ones."""
+    database: dict[str, str | int] = {}
+    if env.get("PGPORT"):
+        _integer(env, "PGPORT", 0, 65_535, problems)
+    if env.get("PGSSLMODE") and env["PGSSLMODE"] not in SSL_MODES:
+        problems.append(f"PGSSLMODE: expected one of {', '.join(SSL_MODES)}")
+    if env.get("PGSERVICE"):
+        return database  # the service file says it all, and would lose to these
+    if not (env.get("PGHOST") or env.get("PGHOSTADDR")):
+        if env.get("POSTGRES_HOST"):
+            database["host"] = env["POSTGRES_HOST"]
+        else:
+            problems.append("POSTGRES_HOST: missing; set it to the database's host name")
+    if not env.get("PGPORT"):
+        database["port"] = _integer(env, "POSTGRES_PORT", 5432, 65_535, problems)
+    for name, own, ours in (
+        ("dbname", "PGDATABASE", "POSTGRES_DB"),
+        ("user", "PGUSER", "POSTGRES_USER"),
+    ):
+        if env.get(own):
+            continue
+        if env.get(ours):
+            database[name] = env[ours]
+        else:
+            problems.append(f"{ours}: missing; set it, or {own}")
+    # No password at all is a valid choice: the server decides whether it wants one.
+    if env.get("POSTGRES_PASSWORD") and not (env.get("PGPASSWORD") or env.get("PGPASSFILE")):
+        database["password"] = env["POSTGRES_PASSWORD"]
+    return database
+
+
+def _is_host(name: str) -> bool:
+    try:
+        return bool(name.encode("idna")) and name.isprintable() and " " not in name
+    except UnicodeError:
+        return False
+
+
+def _integer(
+    env: Mapping[str, str], name: str, default: int, number_max: int, problems: list[str]
+) -> int:
+    text = env.get(name)
+    if not text:
+        return default
+    # isdecimal() alone takes Arabic digits, and int() takes signs and underscores.
+    if text.isascii() and text.isdecimal() and 1 <= int(text[:9]) <= number_max:
+        return int(text)
+    problems.append(f"{name}: expected a whole number from 1 to {number_max}, got {text!r}")
+    return default
+
+
+def _time_zone(env: Mapping[str, str], name: str, problems: list[str]) -> ZoneInfo:
+    key = env.get(name) or "UTC"
+    try:
+        return ZoneInfo(key)
+    except (KeyError, ValueError, OSError):
+        problems.append(
+            f"{name}: expected an IANA time zone such as Europe/Berlin or UTC, got {key!r}"
+        )
+        return ZoneInfo("UTC")

@@ -1,0 +1,21 @@
+#!/bin/sh
+# Applies every file of init/ in the order of their numbers, in one transaction:
+# afterwards all of it is there, or nothing has changed. Run on every start, so each
+# file is idempotent. It reads no settings of its own: libpq's variables (PGHOST,
+# PGDATABASE, PGUSER, PGPASSWORD, ...) say which database.
+set -eu
+
+here=$(dirname "$0")
+
+set --
+for file in "$here"/init/*.sql; do
+    set -- "$@" -f "$file"
+done
+
+# NOTICEs such as "relation already exists, skipping" would be all that a second run says.
+export PGOPTIONS="${PGOPTIONS:-} -c client_min_messages=warning"
+
+# The lock lets one run wait for another: two at once fail with 23505 (duplicate key in
+# the catalog). Its number is arbitrary, and only this script takes it.
+exec psql --no-psqlrc --quiet --no-password --set ON_ERROR_STOP=1 --single-transaction \
+    --output /dev/null -c 'SELECT pg_advisory_xact_lock(7153001)' "$@"
