@@ -26,7 +26,7 @@ from ingester.settings import Settings, SettingsError
 from ingester.store import Store, StoreUnavailable
 
 # How long the loop waits for something to happen; a signal is noticed at the latest then.
-TURN_SECONDS = 1.0
+TURN_SECONDS = 0.5
 # How long the database may go unasked, so that its absence is noticed in a quiet hour too.
 PING_SECONDS = 10.0
 # From a signal on, the batch in hand may still take this long; the whole stop 5 s.

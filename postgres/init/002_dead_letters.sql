@@ -9,7 +9,7 @@ CREATE TABLE IF NOT EXISTS dead_letters (
     reason      TEXT NOT NULL,
     error       TEXT NOT NULL,
     topic       TEXT NOT NULL,
-    device_id   TEXT NOT NULL,
+    device_id   TEXT,
     event_id    TEXT,
     payload     BYTEA NOT NULL
 );
@@ -29,7 +29,7 @@ COMMENT ON COLUMN dead_letters.received_at IS 'When the ingester received it, by
 COMMENT ON COLUMN dead_letters.reason IS 'Stable code of the reason; the README lists them.';
 COMMENT ON COLUMN dead_letters.error IS 'The reason in words: which field, what was expected.';
 COMMENT ON COLUMN dead_letters.topic IS 'The topic that it was published on.';
-COMMENT ON COLUMN dead_letters.device_id IS 'The device, as the topic names it.';
+COMMENT ON COLUMN dead_letters.device_id IS 'The device, as the topic names it; NULL if it names none.';
 COMMENT ON COLUMN dead_letters.event_id IS 'The event_id, if there was a valid one; otherwise NULL.';
 COMMENT ON COLUMN dead_letters.payload IS
     'The bytes as received; for one bad event of an array, that event''s own JSON.';
