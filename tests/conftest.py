@@ -1,0 +1,70 @@
+"""Real servers for the tests: which fixtures a test asks for decides its tier.
+
+What it does: one PostgreSQL for the whole run, a database cloned from a template for each
+test, a broker of its own for each test, and the real ingester between them. What it does
+not: replace anything by a mock.
+
+Invariant: nothing that a test started is running after it.
+"""
+
+import itertools
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(CHECKOUT))
+
+from tests.pipeline import Database, Pipeline  # noqa: E402
+from tools.stack import Mosquitto, Stack, free_port  # noqa: E402
+
+_number = itertools.count()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what needs servers, so that `-m "not services and not compose"` runs in seconds."""
+    for item in items:
+        if "servers" in getattr(item, "fixturenames", ()):
+            item.add_marker("services")
+
+
+@pytest.fixture(scope="session")
+def servers() -> Iterator[Stack]:
+    """PostgreSQL with the schema in its database `qs`, which serves as the template."""
+    with Stack(with_ingester=False) as stack:
+        yield stack
+
+
+@pytest.fixture
+def database(servers: Stack) -> Iterator[Database]:
+    """A database of the test's own, with the schema."""
+    name = f"test_{next(_number)}"
+    servers.postgres.create_database(name, template="qs")
+    yield Database(servers.postgres, name)
+    servers.postgres.drop_database(name)
+
+
+@pytest.fixture
+def pipeline(servers: Stack, database: Database) -> Iterator[Pipeline]:
+    """A broker of the test's own, its database, and an ingester that is not started yet."""
+    with ExitStack() as cleanup:
+        folder = servers.folder / f"pipeline-{next(_number)}"
+        mosquitto = Mosquitto(folder, free_port(), free_port())
+        cleanup.callback(mosquitto.stop)
+        mosquitto.start()
+        mosquitto.wait_ready()
+        pipeline = Pipeline(mosquitto, database, folder)
+        cleanup.callback(pipeline.close)
+        yield pipeline
+
+
+@pytest.fixture
+def running(pipeline: Pipeline) -> Pipeline:
+    """The same with the ingester running and connected to both."""
+    pipeline.ingester.start()
+    pipeline.ingester.wait_ready()
+    return pipeline

@@ -1,0 +1,77 @@
+"""What the service tests stand on: one test's database, broker and ingester.
+
+What it does: puts them together, and looks into the database by a connection of its own.
+What it does not: start the ingester; tests differ in when.
+"""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psycopg2
+
+from tests.device import Device
+from tools.stack import Ingester, Mosquitto, Postgres
+
+
+class Database:
+    """A database of the test's own, to look into."""
+
+    def __init__(self, postgres: Postgres, name: str) -> None:
+        self.postgres = postgres
+        self.name = name
+        self.conninfo = postgres.conninfo(name)
+
+    def query(self, sql: str, *parameters: object) -> list[tuple[Any, ...]]:
+        """Run one statement on a connection made for it; return its rows, if it has any."""
+        connection = psycopg2.connect(**self.conninfo)  # type: ignore[call-overload]
+        try:
+            connection.autocommit = True
+            with connection.cursor() as cursor:
+                cursor.execute(sql, parameters or None)
+                return cursor.fetchall() if cursor.description else []
+        finally:
+            connection.close()
+
+    def count(self, table: str = "events") -> int:
+        return int(self.query(f"SELECT count(*) FROM {table}")[0][0])
+
+    def wait_count(self, table: str, number: int, timeout: float = 30) -> None:
+        wait_until(lambda: self.count(table) >= number, f"{number} rows in {table}", timeout)
+        assert self.count(table) == number
+
+
+class Pipeline:
+    """One test's broker, database and ingester."""
+
+    def __init__(self, mosquitto: Mosquitto, database: Database, folder: Path) -> None:
+        self.mosquitto = mosquitto
+        self.database = database
+        self.environment = {
+            "MQTT_HOST": "127.0.0.1",
+            "MQTT_PORT": str(mosquitto.port),
+            "POSTGRES_HOST": "127.0.0.1",
+            "POSTGRES_PORT": str(database.conninfo["port"]),
+            "POSTGRES_DB": database.name,
+            "POSTGRES_USER": str(database.conninfo["user"]),
+            "POSTGRES_PASSWORD": str(database.conninfo["password"]),
+            "LOG_LEVEL": "DEBUG",
+        }
+        self.ingester = Ingester(self.environment, folder / "ingester.log")
+
+    def device(self, device_id: str = "device-1", **options: Any) -> Device:
+        return Device(self.mosquitto.port, device_id, **options)
+
+    def close(self) -> None:
+        """Stop the ingester; a test whose ingester died by itself fails here."""
+        if self.ingester.running:
+            assert self.ingester.stop() == 0, self.ingester.log_tail()
+
+
+def wait_until(condition: Callable[[], bool], what: str, timeout: float = 15) -> None:
+    """Poll for what no event tells of."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {timeout} s for {what}"
+        time.sleep(0.02)
