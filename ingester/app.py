@@ -40,14 +40,7 @@ class Daemon:
         self._settings = settings
         self._stopping = False
         self._store = Store(settings.database)
-        self._broker = Broker(
-            host=settings.mqtt_host,
-            port=settings.mqtt_port,
-            client_id=settings.mqtt_client_id,
-            username=settings.mqtt_username,
-            password=settings.mqtt_password,
-            events_topic=settings.topics.events,
-        )
+        self._broker = Broker(settings)
         self._database = Outage("Postgres")
         self._progress = Progress(settings.heartbeat_file)
         self._answered_at = 0.0

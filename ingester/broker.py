@@ -22,6 +22,7 @@ from paho.mqtt.reasoncodes import ReasonCode
 
 from ingester.outage import Outage
 from ingester.reply import Reply
+from ingester.settings import Settings
 
 log = logging.getLogger(__name__)
 
@@ -49,19 +50,8 @@ class Message(NamedTuple):
 class Broker:
     """One session, kept by the broker under a fixed client id while we are away."""
 
-    def __init__(
-        self,
-        *,
-        host: str,
-        port: int,
-        client_id: str,
-        username: str | None,
-        password: str | None,
-        events_topic: str,
-    ) -> None:
-        self._host = host
-        self._port = port
-        self._events_topic = events_topic
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
         self._in_hand: list[Message] = []
         self._connection = 0
         self._subscribed = False
@@ -72,7 +62,7 @@ class Broker:
         # MQTT 3.1.1: its session has no expiry to set, and paho spends half as long on it.
         self._client = paho.Client(
             CallbackAPIVersion.VERSION2,
-            client_id=client_id,
+            client_id=settings.mqtt_client_id,
             clean_session=False,
             manual_ack=True,
             reconnect_on_failure=False,
@@ -81,8 +71,8 @@ class Broker:
         # Past its default limit of 20, publishes would queue in paho while PUBACKs do not,
         # and a PUBACK would overtake its ACK.
         self._client.max_inflight_messages_set(0)
-        if username is not None:
-            self._client.username_pw_set(username, password)
+        if settings.mqtt_username is not None:
+            self._client.username_pw_set(settings.mqtt_username, settings.mqtt_password)
         self._client.on_socket_open = self._on_socket_open
         self._client.on_connect = self._on_connect
         self._client.on_subscribe = self._on_subscribe
@@ -169,10 +159,11 @@ class Broker:
     def _connect(self) -> bool:
         self._connecting_until = time.monotonic() + CONNECT_SECONDS_MAX
         self._error = None
+        host, port = self._settings.mqtt_host, self._settings.mqtt_port
         try:
-            self._client.connect(self._host, self._port, KEEPALIVE_SECONDS)
+            self._client.connect(host, port, KEEPALIVE_SECONDS)
         except OSError as error:
-            self._outage.failed(f"cannot connect to {self._host}:{self._port}: {error}")
+            self._outage.failed(f"cannot connect to {host}:{port}: {error}")
             return False
         return True
 
@@ -192,16 +183,17 @@ class Broker:
             self._error = f"the broker refuses the connection: {reason_code}"
             return
         self._connection += 1
-        log.info("MQTT connected rc=%s; subscribing %s", reason_code, self._events_topic)
+        events = self._settings.topics.events
+        log.info("MQTT connected rc=%s; subscribing %s", reason_code, events)
         # At every connect: a kept session would hide that the topic was changed. QoS 1, not
         # 2: at 2 paho answers before it hands the message over.
-        client.subscribe(self._events_topic, qos=1)
+        client.subscribe(events, qos=1)
 
     def _on_subscribe(
         self, _client: Any, _user: Any, _mid: int, reason_codes: list[ReasonCode], _props: Any
     ) -> None:
         if any(reason_code.is_failure for reason_code in reason_codes):
-            self._drop(f"the broker refuses the subscription to {self._events_topic}")
+            self._drop(f"the broker refuses the subscription to {self._settings.topics.events}")
             return
         self._subscribed = True
         self._outage.over()

@@ -28,6 +28,7 @@ ARRAY_EVENTS_MAX = 1_000
 META_NESTING_MAX = 32
 
 _DEVICE_ID = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
+_DEVICE_ID_RULE = "device_id: expected 1 to 64 characters of A-Z a-z 0-9 _ . : -"
 # The profile of ISO 8601 that RFC 3339 has, plus an absent, short or colonless offset.
 _TIMESTAMP = re.compile(
     r"[0-9]{4}-[0-9]{2}-[0-9]{2}T([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](\.[0-9]+)?"
@@ -76,7 +77,7 @@ def decode(device_id: str, payload: bytes, default_tz: tzinfo) -> Event | list[E
     if not _DEVICE_ID.fullmatch(device_id):
         # No event on such a topic is ever stored. One answer says so, not a thousand that
         # each carry a device id of up to 65 kB.
-        raise _invalid_device_id()
+        raise _invalid(_DEVICE_ID_RULE)
     results: list[Event | Rejection] = []
     for item in document:
         try:
@@ -86,9 +87,16 @@ def decode(device_id: str, payload: bytes, default_tz: tzinfo) -> Event | list[E
     return results
 
 
-def elements(payload: bytes) -> list[bytes]:
-    """Return the JSON of each element of an array that decode() gave results for."""
-    return [_own_json(element) or payload for element in _parse(payload)]
+def elements(payload: bytes, count: int) -> list[bytes]:
+    """Return the JSON of each of the `count` elements of an array that decode() took.
+
+    Where that cannot be had, each is the whole payload: nested as deeply as decode() can
+    just read, it may be too deep to read again from here, or to write.
+    """
+    try:
+        return [_own_json(element) for element in _parse(payload)]
+    except (Rejection, RecursionError):
+        return [payload] * count
 
 
 def _parse(payload: bytes) -> Any:
@@ -141,23 +149,17 @@ def _event(fields: Any, device_id: str, default_tz: tzinfo) -> Event:
         _check_device_id(_required(fields, "device_id"), device_id)
         event_type = _text(_required(fields, "event_type"), "event_type", 1, 100)
         value_num, value_text = _value(fields.get("value"))
-        unit = fields.get("unit")
-        return Event(
-            event_id=event_id,
-            device_id=device_id,
-            schema=SCHEMA,
-            event_type=event_type,
-            value_num=value_num,
-            value_text=value_text,
-            unit=None if unit is None else _text(unit, "unit", 0, 50),
-            ts_device=_timestamp(fields.get("ts_device"), default_tz),
-            meta=_meta(fields.get("meta")),
-        )
+        unit = None if fields.get("unit") is None else _text(fields["unit"], "unit", 0, 50)
+        ts_device = _timestamp(fields.get("ts_device"), default_tz)
+        meta = _meta(fields.get("meta"))
     except Rejection as rejection:
         # The device knows its event by the id, so the answer carries it where it can.
         with contextlib.suppress(Rejection):
             rejection.event_id = _text(fields.get("event_id"), "event_id", 1, 200)
         raise
+    return Event(
+        event_id, device_id, SCHEMA, event_type, value_num, value_text, unit, ts_device, meta
+    )
 
 
 def _required(fields: dict[str, Any], name: str) -> Any:
@@ -169,33 +171,27 @@ def _required(fields: dict[str, Any], name: str) -> Any:
 
 def _check_schema(value: Any) -> None:
     if type(value) is not int:
-        raise _invalid("schema", f"the integer {SCHEMA}", value)
+        raise _mistyped("schema", f"the integer {SCHEMA}", value)
     if value != SCHEMA:
         raise Rejection(Reason.UNSUPPORTED_SCHEMA, f"schema: expected {SCHEMA}, got another number")
 
 
 def _check_device_id(value: Any, topic_device_id: str) -> None:
     if not isinstance(value, str):
-        raise _invalid("device_id", "a string", value)
+        raise _mistyped("device_id", "a string", value)
     if not _DEVICE_ID.fullmatch(value):
-        raise _invalid_device_id()
+        raise _invalid(_DEVICE_ID_RULE)
     if value != topic_device_id:
         raise Rejection(Reason.DEVICE_MISMATCH, "device_id: is not the one in the topic")
 
 
 def _text(value: Any, name: str, chars_min: int, chars_max: int) -> str:
     if not isinstance(value, str):
-        raise _invalid(name, "a string", value)
+        raise _mistyped(name, "a string", value)
     if not chars_min <= len(value) <= chars_max:
-        raise Rejection(
-            Reason.INVALID_FIELD,
-            f"{name}: expected {chars_min} to {chars_max} characters, got {len(value)}",
-        )
+        raise _invalid(f"{name}: expected {chars_min} to {chars_max} characters, got {len(value)}")
     if _UNSTORABLE_OR_CONTROL.search(value):
-        raise Rejection(
-            Reason.INVALID_FIELD,
-            f"{name}: holds a control character or half of a surrogate pair",
-        )
+        raise _invalid(f"{name}: holds a control character or half of a surrogate pair")
     return value
 
 
@@ -204,18 +200,18 @@ def _value(value: Any) -> tuple[float | None, str | None]:
         return None, None
     if isinstance(value, str):
         if _UNSTORABLE.search(value):
-            raise Rejection(Reason.INVALID_FIELD, "value: holds U+0000 or half of a surrogate pair")
+            raise _invalid("value: holds U+0000 or half of a surrogate pair")
         return None, value
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return float(value), None
-    raise _invalid("value", "a number or a string", value)
+    raise _mistyped("value", "a number or a string", value)
 
 
 def _timestamp(value: Any, default_tz: tzinfo) -> datetime | None:
     if value is None:
         return None
     if not isinstance(value, str):
-        raise _invalid("ts_device", "a string", value)
+        raise _mistyped("ts_device", "a string", value)
     if _TIMESTAMP.fullmatch(value):
         try:
             moment = datetime.fromisoformat(value)
@@ -224,25 +220,19 @@ def _timestamp(value: Any, default_tz: tzinfo) -> datetime | None:
             return moment.astimezone(UTC)
         except (ValueError, OverflowError):  # 30 February; year 1 at +14:00
             pass
-    raise Rejection(
-        Reason.INVALID_FIELD,
-        "ts_device: expected ISO 8601 date and time, such as 2026-02-10T00:00:00Z",
-    )
+    raise _invalid("ts_device: expected ISO 8601 date and time, such as 2026-02-10T00:00:00Z")
 
 
 def _meta(value: Any) -> str:
     if value is None:
         return "{}"
     if not isinstance(value, dict):
-        raise _invalid("meta", "an object", value)
+        raise _mistyped("meta", "an object", value)
     if _nests_deeper(value, META_NESTING_MAX):
-        raise Rejection(Reason.INVALID_FIELD, f"meta: nested deeper than {META_NESTING_MAX} levels")
+        raise _invalid(f"meta: nested deeper than {META_NESTING_MAX} levels")
     text = json.dumps(value, ensure_ascii=False)
     if _UNSTORABLE_JSON.search(text):
-        raise Rejection(
-            Reason.INVALID_FIELD,
-            "meta: a string holds U+0000 or half of a surrogate pair",
-        )
+        raise _invalid("meta: a string holds U+0000 or half of a surrogate pair")
     return text
 
 
@@ -261,36 +251,25 @@ def _nests_deeper(value: Any, levels_max: int) -> bool:
     return True
 
 
-def _own_json(element: Any) -> bytes | None:
+def _own_json(element: Any) -> bytes:
     try:
         return json.dumps(element, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:  # half of a surrogate pair: only an escape can say it
         return json.dumps(element).encode("ascii")
-    except RecursionError:  # read at the last possible depth, which writing does not reach
-        return None
 
 
-def _invalid_device_id() -> Rejection:
-    return Rejection(
-        Reason.INVALID_FIELD, "device_id: expected 1 to 64 characters of A-Z a-z 0-9 _ . : -"
-    )
+def _invalid(error: str) -> Rejection:
+    return Rejection(Reason.INVALID_FIELD, error)
 
 
-def _invalid(name: str, expected: str, value: Any) -> Rejection:
-    return Rejection(Reason.INVALID_FIELD, f"{name}: expected {expected}, got {_kind(value)}")
+def _mistyped(name: str, expected: str, value: Any) -> Rejection:
+    return _invalid(f"{name}: expected {expected}, got {_kind(value)}")
 
 
 def _kind(value: Any) -> str:
-    match value:
-        case None:
-            return "null"
-        case bool():
-            return "true" if value else "false"
-        case int() | float():
-            return "a number"
-        case str():
-            return "a string"
-        case list():
-            return "an array"
-        case _:
-            return "an object"
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)  # null, true, false
+    return _KINDS.get(type(value), "a number")
+
+
+_KINDS: dict[type, str] = {str: "a string", list: "an array", dict: "an object"}

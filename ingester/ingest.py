@@ -41,7 +41,7 @@ def ingest(
     events = [result for item in batch for result in item.results if isinstance(result, Event)]
     outcomes = iter(store.insert(events))
 
-    counts = Counter(received=len(messages))
+    counts = Counter(messages=len(messages))
     acks: list[Reply] = []
     letters: list[DeadLetter] = []
     for item in batch:
@@ -107,7 +107,7 @@ def _dead_letters(item: Decoded, rejections: list[Rejection | None]) -> list[Dea
     if not any(rejections):
         return []
     payload = item.message.payload
-    payloads = elements(payload) if item.is_array else [payload]
+    payloads = elements(payload, len(rejections)) if item.is_array else [payload]
     return [
         DeadLetter(
             received_at=item.message.received_at,

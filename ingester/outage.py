@@ -3,8 +3,8 @@
 What it does: backs off between tries and keeps the log readable: one line when a fault
 begins, one a minute while it lasts, one when it ends. What it does not: try.
 
-Invariant: whatever fails, however fast, there are at most two lines a minute about it
-and at most ten tries in the first second.
+Invariant: whatever fails, however fast, and however often it seems to be mended, its tries
+back off, and after its first two lines there are at most two a minute.
 """
 
 import logging
@@ -17,6 +17,8 @@ BACKOFF_SECONDS_MIN = 0.1
 # Low enough that work goes on within 5 s of the other side being back.
 BACKOFF_SECONDS_MAX = 2.0
 REMINDER_SECONDS = 60.0
+# What fails again sooner than this after it was back has not been mended.
+CALM_SECONDS = 10.0
 
 
 class Outage:
@@ -25,36 +27,43 @@ class Outage:
     def __init__(self, name: str) -> None:
         """`name` is what failed, as the log shall call it."""
         self._name = name
+        self.lasts = False  # whether the last try failed
+        self._is_said = False  # whether the log has the beginning of the present one
         self._tries = 0
-        self._began_at = 0.0
-        self._said_at = 0.0
+        self._began_at = self._said_at = self._ended_at = float("-inf")
         self._next_try_at = 0.0
-
-    @property
-    def lasts(self) -> bool:
-        """Whether the last try failed."""
-        return self._tries > 0
 
     def pause_seconds(self) -> float:
         """Return how long to wait before the next try; 0 when it may be now."""
-        return max(0.0, self._next_try_at - time.monotonic()) if self._tries else 0.0
+        return max(0.0, self._next_try_at - time.monotonic()) if self.lasts else 0.0
 
     def failed(self, error: str) -> None:
         """Note a failed try: say so if it is time to, and set the time of the next one."""
         now = time.monotonic()
-        if not self._tries:
-            self._began_at = self._said_at = now
-            log.warning("%s: %s; trying again until it works", self._name, error)
+        if not self.lasts and now - self._ended_at >= CALM_SECONDS:
+            self._tries = 0
+            self._began_at = now
+        if self._tries == 0:
+            self._say("%s: %s; trying again until it works", self._name, error)
         elif now - self._said_at >= REMINDER_SECONDS:
-            self._said_at = now
             lasted = now - self._began_at
-            log.warning("%s: still failing after %.0f s: %s", self._name, lasted, error)
+            self._say("%s: still failing after %.0f s: %s", self._name, lasted, error)
         backoff = min(BACKOFF_SECONDS_MAX, BACKOFF_SECONDS_MIN * 2 ** min(self._tries, 10))
         self._next_try_at = now + backoff * random.uniform(0.75, 1.0)
         self._tries += 1
+        self.lasts = True
 
     def over(self) -> None:
-        """Note that a try succeeded; says so if there was an outage."""
-        if self._tries:
-            log.info("%s: back after %.1f s", self._name, time.monotonic() - self._began_at)
-            self._tries = 0
+        """Note that all is well; says so if the log has it otherwise."""
+        if not self.lasts:
+            return
+        self.lasts = False
+        self._ended_at = time.monotonic()
+        if self._is_said:
+            log.info("%s: back after %.1f s", self._name, self._ended_at - self._began_at)
+            self._is_said = False
+
+    def _say(self, line: str, *values: object) -> None:
+        log.warning(line, *values)
+        self._said_at = time.monotonic()
+        self._is_said = True

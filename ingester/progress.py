@@ -30,7 +30,7 @@ class Progress:
     def settled(self, counts: Counter[str], seconds: float) -> None:
         """Note a settled batch, which took so many seconds."""
         self._counts += counts
-        log.debug("batch of %s in %.1f ms", _text(counts), seconds * 1000)
+        log.debug("batch: %s in %.1f ms", _text(counts), seconds * 1000)
 
     def all_is_well(self) -> None:
         """Note that both connections are up and nothing waits; called at every turn."""
@@ -46,13 +46,11 @@ class Progress:
         """
         now = time.monotonic()
         if self._counts and now - self._summary_at >= SUMMARY_SECONDS:
-            log.info("received %s", _text(self._counts))
+            log.info("%s", _text(self._counts))
             self._counts.clear()
             self._summary_at = now
 
 
 def _text(counts: Counter[str]) -> str:
-    return (
-        f"{counts['received']} messages: {counts['stored']} stored, "
-        f"{counts['duplicates']} duplicates, {counts['rejected']} rejected"
-    )
+    names = ("messages", "stored", "duplicates", "rejected")
+    return ", ".join(f"{name} {counts[name]}" for name in names)

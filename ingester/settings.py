@@ -16,6 +16,9 @@ LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 # libpq's documentation, "Database Connection Control Functions", sslmode.
 SSL_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
 
+_MQTT_TEXTS = ("MQTT_CLIENT_ID", "MQTT_USERNAME", "MQTT_PASSWORD")
+_POSTGRES_TEXTS = ("POSTGRES_HOST", "POSTGRES_DB", "POSTGRES_USER", "POSTGRES_PASSWORD")
+
 
 class SettingsError(Exception):
     """The environment does not make valid settings; the text names each bad variable."""
@@ -76,6 +79,11 @@ class Settings:
             heartbeat_file=env.get("HEARTBEAT_FILE") or None,
         )
         problems += topic_problems(topics)
+        problems += [
+            f"{name}: not UTF-8, or too long"
+            for name in _MQTT_TEXTS + _POSTGRES_TEXTS
+            if not _is_text(env, name)
+        ]
         if problems:
             raise SettingsError(
                 "cannot start, the settings are wrong (see .env):"
@@ -87,7 +95,7 @@ class Settings:
 def _database(env: Mapping[str, str], problems: list[str]) -> dict[str, str | int]:
     """Return what libpq's own variables leave open, from the POSTGRES_ ones."""
     database: dict[str, str | int] = {}
-    if env.get("PGPORT"):
+    if "," not in env.get("PGPORT", ""):  # a list goes with a list of hosts
         _integer(env, "PGPORT", 0, 65_535, problems)
     if env.get("PGSSLMODE") and env["PGSSLMODE"] not in SSL_MODES:
         problems.append(f"PGSSLMODE: expected one of {', '.join(SSL_MODES)}")
@@ -118,8 +126,15 @@ def _database(env: Mapping[str, str], problems: list[str]) -> dict[str, str | in
 
 def _is_host(name: str) -> bool:
     try:
-        return bool(name.encode("idna")) and name.isprintable() and " " not in name
+        return bool(name.encode("idna")) and name.isprintable() and not {" ", "/"} & set(name)
     except UnicodeError:
+        return False
+
+
+def _is_text(env: Mapping[str, str], name: str) -> bool:
+    try:
+        return len(env.get(name, "").encode("utf-8")) <= 65_535  # MQTT 3.1.1, section 1.5.3
+    except UnicodeEncodeError:  # the environment holds bytes, and Python hides what is not UTF-8
         return False
 
 
@@ -130,7 +145,7 @@ def _integer(
     if not text:
         return default
     # isdecimal() alone takes Arabic digits, and int() takes signs and underscores.
-    if text.isascii() and text.isdecimal() and 1 <= int(text[:9]) <= number_max:
+    if text.isascii() and text.isdecimal() and len(text) < 10 and 1 <= int(text) <= number_max:
         return int(text)
     problems.append(f"{name}: expected a whole number from 1 to {number_max}, got {text!r}")
     return default

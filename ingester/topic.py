@@ -36,6 +36,22 @@ class Topics:
         topic = self.ack_template.replace("{device_id}", device_id)
         return topic if is_publishable(topic) else None
 
+    def hears_acks(self) -> bool:
+        """Tell whether the ACK topic of any device, whatever its id, is one of `events`."""
+        events, acks = self.events.split("/"), self.ack_template.split("/")
+        return len(events) == len(acks) and all(map(_overlap, acks, events))
+
+
+def _overlap(ack_level: str, events_level: str) -> bool:
+    if events_level == "+" or "{device_id}" not in ack_level:
+        return events_level in ("+", ack_level)
+    prefix, suffix = ack_level.split("{device_id}")
+    return (
+        events_level.startswith(prefix)
+        and events_level.endswith(suffix)
+        and len(events_level) >= len(prefix) + len(suffix)
+    )
+
 
 def is_publishable(topic: str) -> bool:
     """Tell whether any broker takes a message on this topic.
@@ -76,10 +92,9 @@ def topic_problems(topics: Topics) -> list[str]:
         )
     if problems:
         return problems
-    for name, topic in (
-        ("ACK_TEMPLATE", topics.ack("x") or ""),
-        ("MQTT_DEADLETTER_TOPIC", topics.deadletter),
-    ):
-        if topics.device_id(topic) is not None:
-            problems.append(f"{name}: matches MQTT_EVENTS_TOPIC, so the ingester would hear itself")
+    itself = "matches MQTT_EVENTS_TOPIC, so the ingester would hear itself"
+    if topics.hears_acks():
+        problems.append(f"ACK_TEMPLATE: {itself}")
+    if topics.device_id(topics.deadletter) is not None:
+        problems.append(f"MQTT_DEADLETTER_TOPIC: {itself}")
     return problems
