@@ -11,7 +11,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterable
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from paho.mqtt import client as paho
 from paho.mqtt.enums import CallbackAPIVersion
@@ -37,7 +37,7 @@ class Device:
         device_id: str = "device-1",
         *,
         host: str = "127.0.0.1",
-        transport: str = "tcp",
+        transport: Literal["tcp", "websockets"] = "tcp",
         root: str = "qs/v1",
     ) -> None:
         self.device_id = device_id
@@ -49,7 +49,7 @@ class Device:
         self._address = (host, port)
         self._changed = threading.Condition()
         self._subscribed = threading.Event()
-        self._client = paho.Client(CallbackAPIVersion.VERSION2, transport=transport)  # type: ignore[arg-type]
+        self._client = paho.Client(CallbackAPIVersion.VERSION2, transport=transport)
         self._client.max_inflight_messages_set(0)
         self._client.on_socket_open = self._on_socket_open
         self._client.on_connect = self._on_connect
@@ -128,7 +128,7 @@ class Device:
     def _on_message(self, _client: Any, _user: Any, message: paho.MQTTMessage) -> None:
         now = time.perf_counter()
         with self._changed:
-            self.messages.append((message.topic, message.payload))
+            self.messages.append((message.topic, bytes(message.payload)))
             body = json.loads(message.payload)
             if message.topic.endswith("/deadletter"):
                 self.dead_letters.append(body)

@@ -21,11 +21,15 @@ class Database:
     def __init__(self, postgres: Postgres, name: str) -> None:
         self.postgres = postgres
         self.name = name
-        self.conninfo = postgres.conninfo(name)
+        self.conninfo: dict[str, Any] = {**postgres.conninfo(name)}
+
+    def connect(self) -> Any:
+        """Return a connection of its own into the database."""
+        return psycopg2.connect(**self.conninfo)
 
     def query(self, sql: str, *parameters: object) -> list[tuple[Any, ...]]:
         """Run one statement on a connection made for it; return its rows, if it has any."""
-        connection = psycopg2.connect(**self.conninfo)  # type: ignore[call-overload]
+        connection = self.connect()
         try:
             connection.autocommit = True
             with connection.cursor() as cursor:

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-import psycopg2
 import pytest
 from psycopg2 import extensions
 
@@ -23,20 +22,8 @@ STORED, DUPLICATE, CONFLICT = Outcome.STORED, Outcome.DUPLICATE, Outcome.CONFLIC
 
 
 def make(event_id: str, **fields: Any) -> Event:
-    return Event(
-        **{
-            "event_id": event_id,
-            "device_id": "device-1",
-            "schema": 1,
-            "event_type": "temperature",
-            "value_num": 21.5,
-            "value_text": None,
-            "unit": "C",
-            "ts_device": NOON,
-            "meta": "{}",
-        }
-        | fields
-    )
+    usual = Event(event_id, "device-1", 1, "temperature", 21.5, None, "C", NOON, "{}")
+    return usual._replace(**fields)
 
 
 @pytest.fixture(autouse=True)
@@ -200,7 +187,7 @@ def test_a_refused_event_is_found_by_halving(servers: Any, database: Database) -
 def test_what_another_writer_commits_meanwhile_is_a_duplicate(
     store: Store, database: Database
 ) -> None:
-    other = psycopg2.connect(**database.conninfo)
+    other = database.connect()
     with other.cursor() as cursor:
         cursor.execute(
             "INSERT INTO events (event_id, device_id, schema, event_type, value_num, unit,"
@@ -330,7 +317,7 @@ def test_a_read_only_database_passes(database: Database) -> None:
 def test_a_locked_table_passes(database: Database) -> None:
     store = Store(database.conninfo | {"options": "-c lock_timeout=100"})
     store.connect()
-    other = psycopg2.connect(**database.conninfo)
+    other = database.connect()
     with other.cursor() as cursor:
         cursor.execute("LOCK TABLE events")
     with pytest.raises(StoreUnavailable, match="55P03"):
@@ -364,7 +351,7 @@ def test_a_wrong_password_is_unavailable_and_is_not_in_the_message(database: Dat
 
 
 def test_a_wait_ends_when_the_store_is_told_to_give_up(store: Store, database: Database) -> None:
-    other = psycopg2.connect(**database.conninfo)
+    other = database.connect()
     with other.cursor() as cursor:
         cursor.execute("LOCK TABLE events")
     blocked = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
@@ -402,7 +389,7 @@ def test_applying_the_schema_again_changes_nothing_and_does_not_wait_for_writers
     database.query(
         "INSERT INTO events (event_id, device_id, schema, event_type) VALUES ('a', 'b', 1, 'c')"
     )
-    writer = psycopg2.connect(**database.conninfo)
+    writer = database.connect()
     with writer.cursor() as cursor:
         cursor.execute("UPDATE events SET unit = 'x'")
         servers.postgres.apply_schema(database.name)

@@ -1,0 +1,339 @@
+"""The boundaries of this checkout, held by a machine so that nobody needs to argue.
+
+What it does: reads the source, the README and the settings' files, and runs ruff and mypy.
+What it does not: run the ingester. It looks at what git tracks or would track.
+"""
+
+import ast
+import io
+import re
+import subprocess
+import sys
+import tokenize
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+from dotenv import dotenv_values
+
+from ingester.rejection import Reason
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+THIRD_PARTY = {"paho": "paho-mqtt", "psycopg2": "psycopg2-binary", "dotenv": "python-dotenv"}
+FUNCTION_LINES_MAX = 70
+COLUMNS_MAX = 100
+DAEMON_LINES_MAX = 1_100
+
+
+def git(*arguments: str) -> list[str]:
+    # The checkout may be another user's, as in a container.
+    command = ["git", "-c", "safe.directory=*", *arguments]
+    done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, check=True)
+    return [line for line in done.stdout.split("\0") if line]
+
+
+@cache
+def files(*folders: str) -> dict[str, Path]:
+    """Return the files that git tracks, or would after `git add`, by their names here."""
+    names = git("ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", *folders)
+    return {name: CHECKOUT / name for name in sorted(names) if (CHECKOUT / name).is_file()}
+
+
+@cache
+def modules(*folders: str) -> dict[str, ast.Module]:
+    return {
+        name: ast.parse(path.read_text("utf-8"), name)
+        for name, path in files(*folders).items()
+        if name.endswith(".py")
+    }
+
+
+INGESTER = sorted(modules("ingester"))
+
+
+def imports(module: ast.Module) -> Iterator[str]:
+    """Yield the dotted name of every module that is imported, wherever it is."""
+    for node in ast.walk(module):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative imports hide what is imported"
+            yield str(node.module)
+
+
+def packages(module: ast.Module) -> set[str]:
+    return {name.split(".")[0] for name in imports(module)}
+
+
+# --- who imports what ----------------------------------------------------------------
+
+
+def test_there_are_files_to_look_at() -> None:
+    assert {"ingester/app.py", "ingester/event.py", "ingester/store.py"} <= set(INGESTER)
+    assert "tests/test_tidy.py" in modules()
+    assert "docker-compose.yml" in files()
+
+
+def importers(package: str) -> set[str]:
+    return {name for name, module in modules("ingester").items() if package in packages(module)}
+
+
+def test_only_the_broker_imports_paho() -> None:
+    assert importers("paho") == {"ingester/broker.py"}
+
+
+def test_only_the_store_imports_psycopg2() -> None:
+    assert importers("psycopg2") == {"ingester/store.py"}
+
+
+def test_only_the_app_imports_dotenv() -> None:
+    assert importers("dotenv") == {"ingester/app.py"}
+
+
+@pytest.mark.parametrize("name", INGESTER)
+def test_the_ingester_imports_itself_the_standard_library_and_three_packages(name: str) -> None:
+    own = {"ingester"}
+    others = packages(modules("ingester")[name]) - sys.stdlib_module_names - own
+    assert others <= set(THIRD_PARTY)
+
+
+@pytest.mark.parametrize("name", INGESTER)
+def test_nothing_is_imported_by_name_at_run_time(name: str) -> None:
+    assert "importlib" not in packages(modules("ingester")[name])
+    called = {
+        node.func.id
+        for node in ast.walk(modules("ingester")[name])
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+    }
+    assert not called & {"__import__", "exec", "eval", "compile"}
+
+
+PURE = {
+    "ingester/event.py": {"ingester.rejection"},
+    "ingester/rejection.py": set(),
+    "ingester/reply.py": {"ingester.event", "ingester.rejection"},
+    "ingester/topic.py": set(),
+}
+# Of the standard library, what computes and does nothing else.
+COMPUTES = {
+    *("base64", "collections", "contextlib", "dataclasses", "datetime", "decimal", "enum"),
+    *("functools", "itertools", "json", "math", "operator", "re", "string", "types", "typing"),
+}
+
+
+@pytest.mark.parametrize("name", PURE)
+def test_a_pure_module_imports_nothing_that_does_io(name: str) -> None:
+    module = modules("ingester")[name]
+    assert {name for name in imports(module) if name.startswith("ingester")} <= PURE[name]
+    assert packages(module) - {"ingester"} <= COMPUTES
+
+
+@pytest.mark.parametrize("name", PURE)
+def test_a_pure_module_asks_for_neither_the_time_nor_a_file(name: str) -> None:
+    words = {
+        node.attr if isinstance(node, ast.Attribute) else node.id
+        for node in ast.walk(modules("ingester")[name])
+        if isinstance(node, (ast.Attribute, ast.Name))
+    }
+    assert not words & {"now", "utcnow", "today", "open", "print", "input"}
+
+
+@pytest.mark.parametrize("name", INGESTER)
+def test_only_the_app_looks_at_the_environment(name: str) -> None:
+    words = {
+        word
+        for node in ast.walk(modules("ingester")[name])
+        for word in (
+            [node.attr]
+            if isinstance(node, ast.Attribute)
+            else [alias.name for alias in node.names]
+            if isinstance(node, ast.ImportFrom)
+            else []
+        )
+    }
+    looks = bool(words & {"environ", "environb", "getenv", "getenvb"})
+    assert looks == (name == "ingester/app.py")
+
+
+# --- what is not written -------------------------------------------------------------
+
+
+def names_in(node: ast.expr | None) -> Iterator[str]:
+    if node is None:
+        yield "(nothing)"
+    elif isinstance(node, ast.Tuple):
+        for element in node.elts:
+            yield from names_in(element)
+    else:
+        yield ast.unparse(node).split(".")[-1]
+
+
+@pytest.mark.parametrize("name", INGESTER)
+def test_no_handler_catches_everything(name: str) -> None:
+    # A swallowed error becomes a PUBACK.
+    for node in ast.walk(modules("ingester")[name]):
+        caught: set[str] = set()
+        if isinstance(node, ast.ExceptHandler):
+            caught = set(names_in(node.type))
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("suppress"):
+            caught = {name for argument in node.args for name in names_in(argument)}
+        assert not caught & {"(nothing)", "Exception", "BaseException"}
+
+
+@pytest.mark.parametrize("name", sorted(modules("ingester", "tools", "tests")))
+def test_every_module_opens_with_a_docstring(name: str) -> None:
+    module = modules("ingester", "tools", "tests")[name]
+    docstring = ast.get_docstring(module)
+    assert docstring
+    assert module.body[0].lineno == 1
+
+
+SCRIPTS = [name for name, path in files().items() if path.read_bytes()[:2] == b"#!"]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_script_opens_with_what_it_is_for(name: str) -> None:
+    second = files()[name].read_text("utf-8").splitlines()[1]
+    assert second.startswith(("# ", '"""'))
+
+
+@pytest.mark.parametrize("name", sorted(modules("ingester", "tools")))
+def test_no_function_is_longer_than_a_screen(name: str) -> None:
+    for node in ast.walk(modules("ingester", "tools")[name]):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            lines = (node.end_lineno or 0) - node.lineno + 1
+            assert lines <= FUNCTION_LINES_MAX, f"{node.name} has {lines} lines"
+
+
+@pytest.mark.parametrize("name", sorted(modules()))
+def test_no_line_is_wider_than_100_columns(name: str) -> None:
+    for number, line in enumerate(files()[name].read_text("utf-8").splitlines(), 1):
+        assert len(line) <= COLUMNS_MAX, f"line {number} has {len(line)} columns"
+
+
+def code_lines(name: str) -> int:
+    """Count the lines that hold code, and not only a comment, a docstring or nothing."""
+    source = files("ingester")[name].read_text("utf-8")
+    lines: set[int] = set()
+    nothing = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.ENDMARKER}
+    nothing |= {tokenize.INDENT, tokenize.DEDENT}
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type not in nothing:
+            lines.update(range(token.start[0], token.end[0] + 1))
+    for node in ast.walk(modules("ingester")[name]):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            lines.difference_update(range(node.lineno, (node.end_lineno or 0) + 1))
+    return len(lines)
+
+
+def test_the_daemon_stays_small_enough_to_be_read_in_an_hour() -> None:
+    counts = {name: code_lines(name) for name in INGESTER}
+    assert 500 < sum(counts.values()) <= DAEMON_LINES_MAX, counts
+
+
+# --- the files around it -------------------------------------------------------------
+
+
+def test_the_requirements_pin_exactly_three_packages() -> None:
+    lines = (CHECKOUT / "ingester/requirements.txt").read_text("utf-8").splitlines()
+    pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
+    assert set(pins) == set(THIRD_PARTY.values())
+    assert all(re.fullmatch(r"[0-9]+(\.[0-9]+)+", version) for version in pins.values())
+
+
+def test_the_tests_requirements_are_pinned_too_and_begin_with_the_ingesters() -> None:
+    first, *others = (CHECKOUT / "tests/requirements.txt").read_text("utf-8").splitlines()
+    assert first == "-r ../ingester/requirements.txt"
+    assert all(re.fullmatch(r"[a-z0-9-]+==[0-9.]+", line) for line in others)
+
+
+TEXTS = [name for name in files() if not name.endswith(".png")]
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_a_text_file_is_utf8_with_lf_endings_here_and_on_windows(name: str) -> None:
+    content = files()[name].read_bytes()
+    assert b"\r" not in content
+    content.decode("utf-8")
+    assert git("check-attr", "-z", "eol", "--", name) == [name, "eol", "lf"]
+
+
+# Where this was made and how is nobody's business here. Spelt backwards, since this file is
+# looked through as well.
+FOREIGN = re.compile(
+    "|".join(
+        [r"(?<![\w.])/" + word[::-1] for word in (r"b\krow", "/toor", "/emoh")]
+        + [r"\b" + word[::-1] + r"\b" for word in ("IA", "MLL", "TPG")]
+        + [f"(?i:{word[::-1]})" for word in ("edualc", "ciporhtna", "xobdnas")]
+        + [re.escape("/derahs/.."[::-1])]
+    )
+)
+
+
+def test_such_words_would_be_found() -> None:
+    for text in ("cd /krow/niam", "(/toor/.ehcac)", "/emoh/em", "yb IA", "eht xobdnaS", "EDUALC"):
+        words = re.sub(r"\w+", lambda word: word[0][::-1], text)
+        assert FOREIGN.search(words), words
+    for text in ("a/work", "https://example/work", "AIR", "said", "below /root)", "the workshop"):
+        assert not FOREIGN.search(text), text
+
+
+@pytest.mark.parametrize("name", [name for name in TEXTS if name != ".ci/run"])
+def test_no_file_speaks_of_the_machine_it_was_made_on(name: str) -> None:
+    found = FOREIGN.search(files()[name].read_text("utf-8"))
+    assert found is None, found
+    assert FOREIGN.search(name) is None
+
+
+# --- the README ----------------------------------------------------------------------
+
+
+def chapter(word: str) -> str:
+    """Return the text under the README's one heading with this word, up to the next."""
+    lines = (CHECKOUT / "README.md").read_text("utf-8").splitlines()
+    in_code, found, chapters = False, False, []
+    for line in lines:
+        in_code ^= line.startswith("```")
+        if line.startswith("#") and not in_code:
+            found = word in line
+            if found:
+                chapters.append("")
+        elif found:
+            chapters[-1] += line + "\n"
+    assert len(chapters) == 1, f"{len(chapters)} headings of README.md hold {word!r}"
+    return chapters[0]
+
+
+def first_cells(text: str) -> list[str]:
+    """Return what stands in backticks in the first cell of each table row."""
+    rows = re.findall(r"^\|([^|]*)\|", text, re.MULTILINE)
+    return [code for row in rows for code in re.findall(r"`([^`]+)`", row)]
+
+
+def test_the_readme_lists_exactly_the_reasons() -> None:
+    assert sorted(first_cells(chapter("Reasons"))) == sorted(reason.value for reason in Reason)
+
+
+def test_the_readmes_configuration_table_names_every_variable() -> None:
+    named = {word for cell in first_cells(chapter("Configuration")) for word in cell.split()}
+    assert set(dotenv_values(CHECKOUT / ".env")) <= named
+
+
+# --- ruff and mypy -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("ruff", "check", "."),
+        ("ruff", "format", "--check", "."),
+        ("mypy", "--strict", "ingester", "tools", "tests"),
+    ],
+    ids=" ".join,
+)
+def test_the_checkers_have_nothing_to_say(command: tuple[str, ...]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", *command], cwd=CHECKOUT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
