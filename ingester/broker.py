@@ -213,10 +213,10 @@ class Broker:
         )
 
     def _on_disconnect(
-        self, _client: Any, _user: Any, _flags: Any, reason_code: ReasonCode, _props: Any
+        self, _client: Any, _user: Any, _flags: Any, _reason_code: Any, _props: Any
     ) -> None:
         # Not PUBACKed, so the broker will send them again.
         self._in_hand.clear()
         self._subscribed = False
         if not self._closing:
-            self._outage.failed(self._error or f"connection lost: {reason_code}")
+            self._outage.failed(self._error or "connection lost")  # MQTT 3.1.1 says no more

@@ -288,6 +288,7 @@ _COMPARABLE = json.JSONDecoder(parse_int=_number, parse_float=_number)
 
 def _summary(error: psycopg2.Error) -> str:
     """Return the error in one line of bounded length, with its SQLSTATE if it has one."""
-    text = error.diag.message_primary or str(error) or type(error).__name__
+    # The first line: in those behind it, libpq guesses.
+    text = (error.diag.message_primary or str(error)).strip() or type(error).__name__
     sqlstate = f" (SQLSTATE {error.pgcode})" if error.pgcode else ""
-    return " ".join(text.split())[:300] + sqlstate
+    return text.splitlines()[0][:300] + sqlstate

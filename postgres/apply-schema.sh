@@ -12,6 +12,13 @@ for file in "$here"/init/*.sql; do
     set -- "$@" -f "$file"
 done
 
+# `docker compose restart` restarts everything at once, without waiting for one another.
+tries=0
+until pg_isready --quiet --timeout=1 || [ "$tries" -ge 60 ]; do
+    tries=$((tries + 1))
+    sleep 1
+done
+
 # NOTICEs such as "relation already exists, skipping" would be all that a second run says.
 export PGOPTIONS="${PGOPTIONS:-} -c client_min_messages=warning"
 

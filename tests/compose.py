@@ -1,0 +1,216 @@
+"""The stack of docker-compose.yml, driven as a person drives it, by `docker compose`.
+
+What it does: copies the checkout, as a fresh clone would be, runs the compose file there
+unchanged, and takes everything away again. What it does not: touch the project `homelab`,
+whose volume holds somebody's events: the copy runs under a project name of its own.
+
+Invariant: nothing of a stack that somebody else runs is stopped, removed or written to.
+"""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from dotenv import dotenv_values
+
+from tests.pipeline import wait_until
+from tools.stack import CHECKOUT, port_is_free
+
+PROJECT = "homelab-test"
+VOLUME = f"{PROJECT}_postgres_data"
+# Names and ports are the same in every copy, so one stack runs on a machine.
+CONTAINERS = {
+    "mosquitto": "mosquitto",
+    "postgres": "homelab-postgres",
+    "ingester": "homelab-ingester",
+}
+# Another run of these tests on this machine waits for this name; it goes with the process.
+LOCK = f"\0{PROJECT}-compose"
+
+
+class Compose:
+    """One copy of the checkout, and its stack once up() was called."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._volumes_seen = {VOLUME}
+        self.settings = dotenv_values(folder / ".env")
+        # Variables of the calling shell would win over .env.
+        self.environment = {
+            name: value
+            for name, value in os.environ.items()
+            if name not in self.settings and not name.startswith("COMPOSE_")
+        } | {"COMPOSE_PROJECT_NAME": PROJECT}
+
+    def run(
+        self,
+        *command: str,
+        expected: int = 0,
+        seconds: float = 90,
+        variables: Mapping[str, str] = MappingProxyType({}),
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a command in the copy, with these variables in the shell; check its exit code."""
+        done = subprocess.run(
+            command,
+            cwd=self.folder,
+            env={**self.environment, **variables},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=seconds,
+            check=False,
+        )
+        assert done.returncode == expected, (
+            f"{' '.join(command)}: exit {done.returncode}\n{done.stdout}{done.stderr}"
+        )
+        return done
+
+    def compose(self, *arguments: str) -> str:
+        """Run `docker compose ...`; return what it printed."""
+        return self.run("docker", "compose", *arguments).stdout
+
+    def up(self, *arguments: str, **variables: str) -> None:
+        """Bring up what is not, wait until all is healthy."""
+        # The first time an image is built, with packages from the network.
+        command = ("docker", "compose", "up", "-d", "--wait", *arguments)
+        self.run(*command, seconds=240, variables=variables)
+
+    def down(self, *arguments: str) -> None:
+        """Remove the containers, having noted their volumes."""
+        self._volumes_seen |= self.volumes_mounted()
+        self.compose("down", *arguments)
+
+    def psql(self, sql: str) -> str:
+        """Return the result of one statement, without headings."""
+        user, name = self.settings["POSTGRES_USER"], self.settings["POSTGRES_DB"]
+        psql = ("psql", f"--username={user}", f"--dbname={name}", "-XAtc", sql)
+        return self.compose("exec", "postgres", *psql).strip()
+
+    def schema(self) -> str:
+        """The schema of the database, as pg_dump writes it."""
+        user, name = self.settings["POSTGRES_USER"], self.settings["POSTGRES_DB"]
+        dump = self.compose("exec", "postgres", "pg_dump", f"-U{user}", f"-d{name}", "-s")
+        # \restrict and \unrestrict carry a key that is another each time.
+        return "\n".join(line for line in dump.splitlines() if "restrict " not in line)
+
+    def event_ids(self, device_id: str) -> set[str]:
+        """The ids of the events of one device that are rows."""
+        return set(
+            self.psql(f"SELECT event_id FROM events WHERE device_id = '{device_id}'").split()
+        )
+
+    def inspect(self, service: str) -> dict[str, Any]:
+        """Everything that the engine says of a service's container."""
+        name = CONTAINERS.get(service) or self.compose("ps", "-aq", service).strip()
+        found: dict[str, Any] = json.loads(self.run("docker", "inspect", name).stdout)[0]
+        return found
+
+    def health(self, service: str) -> str:
+        """`starting`, `healthy` or `unhealthy`."""
+        return str(self.inspect(service)["State"]["Health"]["Status"])
+
+    def wait_health(self, service: str, health: str, timeout: float = 60) -> None:
+        """Wait for what health() is to say."""
+        wait_until(lambda: self.health(service) == health, f"{health} {service}", timeout)
+
+    def wait_healthy(self) -> None:
+        """Wait for all three services; a restart begins their checks anew."""
+        for service in CONTAINERS:
+            self.wait_health(service, "healthy")
+
+    def log(self, service: str) -> str:
+        """What a service's container wrote since it was made."""
+        container = CONTAINERS.get(service) or self.compose("ps", "-aq", service).strip()
+        done = self.run("docker", "logs", container)
+        return done.stdout + done.stderr
+
+    def volumes_mounted(self) -> set[str]:
+        """The volumes, named and anonymous, of all containers, ended ones included."""
+        ids = self.compose("ps", "-aq").split()
+        if not ids:
+            return set()
+        containers = json.loads(self.run("docker", "inspect", *ids).stdout)
+        mounts = [mount for container in containers for mount in container["Mounts"]]
+        return {mount["Name"] for mount in mounts if mount["Type"] == "volume"}
+
+    def volumes_left(self) -> set[str]:
+        """Which of the volumes that were ever mounted exist."""
+        existing = self.run("docker", "volume", "ls", "-q").stdout.split()
+        return self._volumes_seen & set(existing)
+
+    def trouble(self) -> str:
+        """For a test that failed: what runs, and the end of what it said."""
+        commands = (["ps", "-a"], ["logs", "--no-color", "--timestamps", "--tail", "40"])
+        return "\n".join(self.compose(*command) for command in commands)
+
+    def tear_down(self) -> None:
+        """Remove everything; fail if something of it is left."""
+        self.down("--volumes", "--remove-orphans")
+        # The broker's files belong to its user, not to the one who runs the tests.
+        mount = f"{self.folder / 'mosquitto'}:/copy"
+        self.run("docker", "run", "--rm", "-v", mount, "eclipse-mosquitto:2",
+                 "rm", "-rf", "/copy/data", "/copy/log")  # fmt: skip
+        left = self.volumes_left()
+        label = ["--filter", f"label=com.docker.compose.project={PROJECT}"]
+        for kind in (["ps", "-a"], ["network", "ls"], ["volume", "ls"]):
+            left |= set(self.run("docker", *kind, "-q", *label).stdout.split())
+        shutil.rmtree(self.folder)
+        assert not left, f"left behind by the stack: {left}"
+
+
+def copy_checkout(folder: Path) -> Path:
+    """Copy what a clone would have, with what is not committed yet; return the folder."""
+    listed = subprocess.run(
+        # The checkout may be another user's, as in a container.
+        [
+            *("git", "-c", "safe.directory=*", "ls-files", "-z"),
+            *("--cached", "--others", "--exclude-standard"),
+        ],
+        cwd=CHECKOUT,
+        capture_output=True,
+        check=True,
+    )
+    for name in filter(None, listed.stdout.decode().split("\0")):
+        if (source := CHECKOUT / name).is_file():  # else deleted, and that not committed
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(source, folder / name)
+    return folder
+
+
+def lock() -> socket.socket | None:
+    """Take the one right to run this stack here, until the socket is closed."""
+    held = socket.socket(socket.AF_UNIX)
+    try:
+        held.bind(LOCK)
+    except OSError:
+        held.close()
+        return None
+    return held
+
+
+def missing_engine() -> str | None:
+    """Why no stack can be run on this machine at all; None if one can."""
+    if not shutil.which("docker"):
+        return "Docker is not installed"
+    for command in (["docker", "version"], ["docker", "compose", "version"]):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+        if done.returncode:
+            return f"`{' '.join(command)}`: {done.stderr.strip() or done.stdout.strip()}"
+    return None
+
+
+def in_the_way(stack: Compose) -> str | None:
+    """What else runs here under the same names or on the same ports; None if nothing does."""
+    names = stack.run("docker", "ps", "-a", "--format", "{{.Names}}").stdout.split()
+    if taken := sorted(set(names) & set(CONTAINERS.values())):
+        return f"a stack is up already, with the containers {', '.join(taken)}"
+    ports = (1883, 9001, int(stack.settings["POSTGRES_PORT"] or 0))
+    if busy := [port for port in ports if not port_is_free(port)]:
+        return f"something listens on port {', '.join(map(str, busy))}"
+    return None
