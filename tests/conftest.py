@@ -9,7 +9,7 @@ Invariant: nothing that a test started is running after it.
 
 import itertools
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -18,18 +18,47 @@ import pytest
 CHECKOUT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(CHECKOUT))
 
+from tests.findings import Finding, table, write_into  # noqa: E402
 from tests.pipeline import Database, Pipeline  # noqa: E402
 from tools.stack import Mosquitto, Stack, free_port  # noqa: E402
 
 _number = itertools.count()
+_findings: list[Finding] = []
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Declare what tests/run takes beyond pytest's own options."""
+    parser.addoption("--faults", action="store_true", help="all faults, not the quick ones alone")
+    parser.addoption(
+        "--write-readme", action="store_true", help="put the table of faults into README.md"
+    )
 
 
 @pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what needs servers, so that `-m "not services and not compose"` runs in seconds."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark what needs servers; without --faults leave out what is marked `faults`."""
     for item in items:
         if "servers" in getattr(item, "fixturenames", ()):
             item.add_marker("services")
+    if not config.getoption("--faults"):
+        left_out = [item for item in items if item.get_closest_marker("faults")]
+        items[:] = [item for item in items if item not in left_out]
+        config.hook.pytest_deselected(items=left_out)
+
+
+@pytest.fixture
+def report() -> Callable[[Finding], None]:
+    """Add a finding to the table at the end of the run."""
+    return _findings.append
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print the table of faults, and put it into the README if that was asked for."""
+    if _findings:
+        terminalreporter.section("faults: what was sent, and what was found")
+        terminalreporter.line(table(_findings))
+        if terminalreporter.config.getoption("--write-readme"):
+            write_into(CHECKOUT / "README.md", table(_findings))
 
 
 @pytest.fixture(scope="session")

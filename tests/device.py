@@ -3,7 +3,8 @@
 What it does: keeps everything that it hears, and waits for it. What it does not: know what
 is in the database; what it counts, it counts at the sender.
 
-Invariant: `acks` has each ACK in the order it came, arrays taken apart.
+Invariant: `acks` has each ACK in the order it came, arrays taken apart; `sent` has every
+event that was ever handed to MQTT, whatever became of it.
 """
 
 import json
@@ -45,7 +46,9 @@ class Device:
         self.messages: list[tuple[str, bytes]] = []
         self.acks: list[dict[str, Any]] = []
         self.dead_letters: list[dict[str, Any]] = []
-        self.heard_at: dict[str, float] = {}
+        self.sent: dict[str, dict[str, Any]] = {}
+        self.heard_at: dict[str, float] = {}  # when each was first heard to be stored
+        self._publishes: list[tuple[str, paho.MQTTMessageInfo]] = []
         self._address = (host, port)
         self._changed = threading.Condition()
         self._subscribed = threading.Event()
@@ -78,14 +81,25 @@ class Device:
         self, payload: object, *, topic: str | None = None, qos: int = 1, retain: bool = False
     ) -> None:
         """Publish bytes as they are, anything else as JSON; wait until the broker has it."""
-        body = payload if isinstance(payload, bytes) else json.dumps(payload).encode()
-        topic = topic or f"{self.root}/{self.device_id}/events"
-        self._client.publish(topic, body, qos=qos, retain=retain).wait_for_publish(15)
+        self.send(payload, topic=topic, qos=qos, retain=retain).wait_for_publish(15)
 
-    def send(self, payload: object, *, topic: str | None = None, qos: int = 1) -> None:
+    def send(
+        self, payload: object, *, topic: str | None = None, qos: int = 1, retain: bool = False
+    ) -> paho.MQTTMessageInfo:
         """Publish and wait for nothing."""
         body = payload if isinstance(payload, bytes) else json.dumps(payload).encode()
-        self._client.publish(topic or f"{self.root}/{self.device_id}/events", body, qos=qos)
+        topic = topic or f"{self.root}/{self.device_id}/events"
+        info = self._client.publish(topic, body, qos=qos, retain=retain)
+        if isinstance(payload, dict) and "event_id" in payload:
+            self.sent[payload["event_id"]] = payload
+            if qos > 0:
+                self._publishes.append((payload["event_id"], info))
+        return info
+
+    @property
+    def taken(self) -> set[str]:
+        """The ids of the QoS 1 events that the broker has PUBACKed."""
+        return {event_id for event_id, info in self._publishes if info.is_published()}
 
     def ask(self, payload: object, *, qos: int = 1, topic: str | None = None) -> dict[str, Any]:
         """Publish one event; return its ACK."""
