@@ -21,7 +21,7 @@ from dotenv import load_dotenv
 from ingester.broker import Broker
 from ingester.ingest import ingest
 from ingester.outage import Outage
-from ingester.progress import Progress
+from ingester.progress import OFFLINE, Progress, State
 from ingester.settings import Settings, SettingsError
 from ingester.store import Store, StoreUnavailable
 
@@ -40,7 +40,7 @@ class Daemon:
         self._settings = settings
         self._stopping = False
         self._store = Store(settings.database)
-        self._broker = Broker(settings)
+        self._broker = Broker(settings, last_will=OFFLINE)
         self._database = Outage("Postgres")
         self._progress = Progress(settings.heartbeat_file)
         self._answered_at = 0.0
@@ -55,12 +55,13 @@ class Daemon:
         while not self._stopping:
             if pause_seconds := self._database.pause_seconds():
                 self._broker.wait(min(pause_seconds, TURN_SECONDS))
-                continue
-            try:
-                self._turn()
-            except StoreUnavailable as error:
-                self._database.failed(str(error))
-        self._broker.close()
+            else:
+                try:
+                    self._turn()
+                except StoreUnavailable as error:
+                    self._database.failed(str(error))
+            self._report()
+        self._broker.close(OFFLINE)
         self._store.close()
         logging.info("stopped")
 
@@ -79,9 +80,24 @@ class Daemon:
             self._store.ping()
             self._answered_at = began_at
         self._database.over()
-        if self._broker.connected:
-            self._progress.all_is_well()
-        self._progress.summarise()
+
+    def _report(self) -> None:
+        """Tell log, healthcheck and status topic how it is, as far as it is time to."""
+        broker = self._broker
+        waiting = self._database.lasts or not self._store.connected
+        state = State.WAITING_FOR_DATABASE if waiting else State.ONLINE
+        self._progress.turn(state, well=broker.connected and not waiting)
+        if not broker.connected:
+            return
+        status = self._progress.status(
+            broker.connection,
+            in_hand=broker.in_hand,
+            oldest_in_hand_seconds=round(broker.oldest_in_hand_seconds, 1),
+            database_round_trip_ms=round(self._store.round_trip_seconds * 1000, 1),
+            broker_dropped=broker.dropped,
+        )
+        if status is not None:
+            broker.publish_status(status)
 
 
 def main() -> int:

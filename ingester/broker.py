@@ -26,10 +26,17 @@ from ingester.settings import Settings
 
 log = logging.getLogger(__name__)
 
-# The broker cuts the session after one and a half times this without a packet: well above
-# the longest wait for the database.
-KEEPALIVE_SECONDS = 60
+# The broker cuts the session after one and a half times this without a packet, and we do as
+# much: above the longest wait for the database (15 s), below what a frozen broker may take
+# before the healthcheck notices.
+KEEPALIVE_SECONDS = 20
 CONNECT_SECONDS_MAX = 3.0
+# A connection that lasts less than this, several times in a row, while the broker is there
+# each time: somebody else takes the session over.
+SHORT_LIVED_SECONDS = 10.0
+SHORT_LIVED_MAX = 3
+DROPPED_TOPIC = "$SYS/broker/publish/messages/dropped"
+REMINDER_SECONDS = 60.0
 # What is still to be written at the end may take this long.
 CLOSE_SECONDS_MAX = 1.0
 # Bytes of payloads that one batch holds, but always at least one message.
@@ -48,13 +55,22 @@ class Message(NamedTuple):
 
 
 class Broker:
-    """One session, kept by the broker under a fixed client id while we are away."""
+    """One session, kept by the broker under a fixed client id while we are away.
 
-    def __init__(self, settings: Settings) -> None:
+    `connected`: the session is up and the broker has granted the subscription. `connection`:
+    its number, another one at each connect. `dropped`: how many messages the broker has
+    dropped since it started, for whatever client; None until it says so.
+    """
+
+    def __init__(self, settings: Settings, *, last_will: bytes) -> None:
         self._settings = settings
         self._in_hand: list[Message] = []
-        self._connection = 0
-        self._subscribed = False
+        self.connection = 0
+        self._connected_at = 0.0
+        self._short_lived = 0
+        self.connected = False
+        self.dropped: int | None = None
+        self._dropped_said_at = float("-inf")
         self._connecting_until = 0.0
         self._error: str | None = None  # why we ended the connection, or the broker did
         self._closing = False
@@ -73,6 +89,7 @@ class Broker:
         self._client.max_inflight_messages_set(0)
         if settings.mqtt_username is not None:
             self._client.username_pw_set(settings.mqtt_username, settings.mqtt_password)
+        self._client.will_set(settings.topics.status, last_will, qos=1, retain=True)
         self._client.on_socket_open = self._on_socket_open
         self._client.on_connect = self._on_connect
         self._client.on_subscribe = self._on_subscribe
@@ -80,9 +97,16 @@ class Broker:
         self._client.on_disconnect = self._on_disconnect
 
     @property
-    def connected(self) -> bool:
-        """Whether the session is up and the broker has granted the subscription."""
-        return self._subscribed
+    def in_hand(self) -> int:
+        """How many messages have arrived and are not settled."""
+        return len(self._in_hand)
+
+    @property
+    def oldest_in_hand_seconds(self) -> float:
+        """How long ago the oldest of them arrived."""
+        if not self._in_hand:
+            return 0.0
+        return (datetime.now(UTC) - self._in_hand[0].received_at).total_seconds()
 
     def receive(self, messages_max: int, seconds_max: float) -> list[Message]:
         """Return the oldest messages in hand, up to a batch; wait only if there is none.
@@ -115,8 +139,8 @@ class Broker:
         If the connection that brought the batch is lost, the rest is left undone: the broker
         will deliver the batch again.
         """
-        # Not `connected`: the SUBACK may come behind a backlog that waits to be settled.
-        if not self._client.is_connected() or batch[0].connection != self._connection:
+        # Not self.connected: the SUBACK may come behind a backlog that waits to be settled.
+        if not self._client.is_connected() or batch[0].connection != self.connection:
             return
         for reply in replies:
             rc = self._client.publish(reply.topic, reply.payload, qos=1).rc
@@ -129,12 +153,17 @@ class Broker:
         if self._client.is_connected():  # else all in hand was dropped meanwhile
             del self._in_hand[: len(batch)]
 
-    def close(self) -> None:
-        """Write what is still to be written, and disconnect; the broker keeps the session."""
+    def publish_status(self, status: bytes) -> None:
+        """Publish the status, retained."""
+        self._client.publish(self._settings.topics.status, status, qos=1, retain=True)
+
+    def close(self, last_status: bytes) -> None:
+        """Publish the last status, write what is left, and disconnect; the session stays."""
         if not self._client.is_connected():
             return
         until = time.monotonic() + CLOSE_SECONDS_MAX
         self._closing = True
+        self.publish_status(last_status)
         self._client.disconnect()
         while self._client.want_write() and time.monotonic() < until:
             self._client.loop(0.1)
@@ -163,6 +192,7 @@ class Broker:
         try:
             self._client.connect(host, port, KEEPALIVE_SECONDS)
         except OSError as error:
+            self._short_lived = 0
             self._outage.failed(f"cannot connect to {host}:{port}: {error}")
             return False
         return True
@@ -182,23 +212,27 @@ class Broker:
         if reason_code.is_failure:
             self._error = f"the broker refuses the connection: {reason_code}"
             return
-        self._connection += 1
+        self.connection += 1
+        self._connected_at = time.monotonic()
         events = self._settings.topics.events
         log.info("MQTT connected rc=%s; subscribing %s", reason_code, events)
         # At every connect: a kept session would hide that the topic was changed. QoS 1, not
         # 2: at 2 paho answers before it hands the message over.
-        client.subscribe(events, qos=1)
+        client.subscribe([(events, 1), (DROPPED_TOPIC, 0)])
 
     def _on_subscribe(
         self, _client: Any, _user: Any, _mid: int, reason_codes: list[ReasonCode], _props: Any
     ) -> None:
-        if any(reason_code.is_failure for reason_code in reason_codes):
+        if reason_codes[0].is_failure:  # the other one is for information alone
             self._drop(f"the broker refuses the subscription to {self._settings.topics.events}")
             return
-        self._subscribed = True
+        self.connected = True
         self._outage.over()
 
     def _on_message(self, _client: Any, _user: Any, message: paho.MQTTMessage) -> None:
+        if message.topic == DROPPED_TOPIC:
+            self._note_dropped(message.payload)
+            return
         # Append and nothing else: an exception that leaves a callback makes paho hand over
         # the same message again and again.
         self._in_hand.append(
@@ -208,15 +242,40 @@ class Broker:
                 datetime.now(UTC),
                 message.mid,
                 message.qos,
-                self._connection,
+                self.connection,
             )
         )
+
+    def _note_dropped(self, payload: bytes | bytearray) -> None:
+        if not payload.isdigit():
+            return
+        before, self.dropped = self.dropped or 0, int(payload)
+        now = time.monotonic()
+        if self.dropped > before and now - self._dropped_said_at >= REMINDER_SECONDS:
+            self._dropped_said_at = now
+            log.warning(
+                "MQTT: the broker has dropped %d messages since it started: a queue is full, of"
+                " this or another client (README, Troubleshooting)",
+                self.dropped,
+            )
 
     def _on_disconnect(
         self, _client: Any, _user: Any, _flags: Any, _reason_code: Any, _props: Any
     ) -> None:
         # Not PUBACKed, so the broker will send them again.
         self._in_hand.clear()
-        self._subscribed = False
-        if not self._closing:
-            self._outage.failed(self._error or "connection lost")  # MQTT 3.1.1 says no more
+        if self.connected:
+            lasted_seconds = time.monotonic() - self._connected_at
+            self._short_lived = self._short_lived + 1 if lasted_seconds < SHORT_LIVED_SECONDS else 0
+        self.connected = False
+        if self._closing:
+            return
+        error = self._error or "connection lost"  # MQTT 3.1.1 says no more
+        if self._short_lived >= SHORT_LIVED_MAX:
+            error = (
+                "the connection does not last, and the broker is there: the session was probably"
+                f" taken over by another client with the client id {self._settings.mqtt_client_id}"
+            )
+            if self._short_lived == SHORT_LIVED_MAX:
+                log.warning("MQTT: %s", error)
+        self._outage.failed(error)

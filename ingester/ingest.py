@@ -41,7 +41,7 @@ def ingest(
     events = [result for item in batch for result in item.results if isinstance(result, Event)]
     outcomes = iter(store.insert(events))
 
-    counts = Counter(messages=len(messages))
+    counts = Counter(messages=len(messages), received=sum(len(item.results) for item in batch))
     acks: list[Reply] = []
     letters: list[DeadLetter] = []
     for item in batch:

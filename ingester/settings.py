@@ -55,6 +55,7 @@ class Settings:
             events=env.get("MQTT_EVENTS_TOPIC") or "qs/v1/+/events",
             ack_template=env.get("ACK_TEMPLATE") or "qs/v1/{device_id}/acks",
             deadletter=env.get("MQTT_DEADLETTER_TOPIC") or "qs/v1/deadletter",
+            status=env.get("MQTT_STATUS_TOPIC") or "qs/v1/ingester/status",
         )
         log_level = (env.get("LOG_LEVEL") or "INFO").upper()
         if log_level not in LOG_LEVELS:

@@ -103,6 +103,7 @@ class Store:
         """`database` is what libpq is told beyond its own environment variables."""
         self._database = database
         self._connection: Any = None
+        self.round_trip_seconds = 0.0  # of the latest statement that was answered
         self._deadline = 0.0
         # Set by give_up_at(): no wait lasts beyond it.
         self._give_up_at = float("inf")
@@ -235,10 +236,13 @@ class Store:
         """Run one statement in its own transaction, and tell whose fault an error is."""
         if self._connection is None:
             raise StoreUnavailable("not connected")
-        self._deadline = time.monotonic() + ANSWER_SECONDS_MAX
+        began_at = time.monotonic()
+        self._deadline = began_at + ANSWER_SECONDS_MAX
         try:
             with self._connection.cursor() as cursor:
-                return statement(cursor)
+                result = statement(cursor)
+            self.round_trip_seconds = time.monotonic() - began_at
+            return result
         except psycopg2.Error as error:
             fault = fault_of(error.pgcode)
             if fault is Fault.CONNECTION or self._connection.closed:

@@ -1,4 +1,4 @@
-"""The three topics: where events arrive, where ACKs go, where dead letters go.
+"""The topics: where events arrive, and where ACKs, dead letters and the status go.
 
 What it does: tells the device of a topic, and the ACK topic of a device. What it does
 not: publish or subscribe.
@@ -20,6 +20,7 @@ class Topics:
     events: str
     ack_template: str
     deadletter: str
+    status: str
 
     def device_id(self, topic: str) -> str | None:
         """Return what stands at the `+`; None if the topic is not one of `events`."""
@@ -86,15 +87,17 @@ def topic_problems(topics: Topics) -> list[str]:
         problems.append(
             f"ACK_TEMPLATE: expected a topic with {{device_id}} in it, got {topics.ack_template!r}"
         )
-    if not is_publishable(topics.deadletter):
-        problems.append(
-            f"MQTT_DEADLETTER_TOPIC: expected a topic without wildcards, got {topics.deadletter!r}"
-        )
+    ours = {"MQTT_DEADLETTER_TOPIC": topics.deadletter, "MQTT_STATUS_TOPIC": topics.status}
+    problems += [
+        f"{name}: expected a topic without wildcards, got {topic!r}"
+        for name, topic in ours.items()
+        if not is_publishable(topic)
+    ]
     if problems:
         return problems
-    itself = "matches MQTT_EVENTS_TOPIC, so the ingester would hear itself"
+    heard = [name for name, topic in ours.items() if topics.device_id(topic) is not None]
     if topics.hears_acks():
-        problems.append(f"ACK_TEMPLATE: {itself}")
-    if topics.device_id(topics.deadletter) is not None:
-        problems.append(f"MQTT_DEADLETTER_TOPIC: {itself}")
-    return problems
+        heard.append("ACK_TEMPLATE")
+    return [
+        f"{name}: matches MQTT_EVENTS_TOPIC, so the ingester would hear itself" for name in heard
+    ]

@@ -58,6 +58,7 @@ def test_the_file_has_the_documented_variables_and_values() -> None:
         "MQTT_EVENTS_TOPIC": "qs/v1/+/events",
         "ACK_TEMPLATE": "qs/v1/{device_id}/acks",
         "MQTT_DEADLETTER_TOPIC": "qs/v1/deadletter",
+        "MQTT_STATUS_TOPIC": "qs/v1/ingester/status",
         "DEVICE_DEFAULT_TZ": "UTC",
         "LOG_LEVEL": "INFO",
         "BATCH_MAX": "500",
@@ -78,7 +79,9 @@ def test_the_files_values_make_these_settings() -> None:
         mqtt_username=None,
         mqtt_password=None,
         mqtt_client_id="homelab-ingester",
-        topics=Topics("qs/v1/+/events", "qs/v1/{device_id}/acks", "qs/v1/deadletter"),
+        topics=Topics(
+            "qs/v1/+/events", "qs/v1/{device_id}/acks", "qs/v1/deadletter", "qs/v1/ingester/status"
+        ),
         device_default_tz=ZoneInfo("UTC"),
         log_level="INFO",
         batch_max=500,
@@ -143,6 +146,7 @@ def test_every_variable_reaches_its_setting() -> None:
             "MQTT_EVENTS_TOPIC": "home/+/in",
             "ACK_TEMPLATE": "home/{device_id}/out",
             "MQTT_DEADLETTER_TOPIC": "home/dead",
+            "MQTT_STATUS_TOPIC": "home/status",
             "DEVICE_DEFAULT_TZ": "America/Los_Angeles",
             "LOG_LEVEL": "debug",
             "BATCH_MAX": "7",
@@ -153,7 +157,7 @@ def test_every_variable_reaches_its_setting() -> None:
     assert (made.mqtt_host, made.mqtt_port) == ("broker.example", 8883)
     assert (made.mqtt_username, made.mqtt_password) == ("me", "secret")
     assert made.mqtt_client_id == "other"
-    assert made.topics == Topics("home/+/in", "home/{device_id}/out", "home/dead")
+    assert made.topics == Topics("home/+/in", "home/{device_id}/out", "home/dead", "home/status")
     assert made.device_default_tz == ZoneInfo("America/Los_Angeles")
     assert (made.log_level, made.batch_max) == ("DEBUG", 7)
     assert made.heartbeat_file == "/tmp/heartbeat"

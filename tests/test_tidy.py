@@ -23,7 +23,7 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 THIRD_PARTY = {"paho": "paho-mqtt", "psycopg2": "psycopg2-binary", "dotenv": "python-dotenv"}
 FUNCTION_LINES_MAX = 70
 COLUMNS_MAX = 100
-DAEMON_LINES_MAX = 1_100
+DAEMON_LINES_MAX = 1_200
 
 
 def git(*arguments: str) -> list[str]:

@@ -14,6 +14,7 @@ from ingester.topic import TOPIC_BYTES_MAX, Topics, is_publishable, topic_proble
 EVENTS = "qs/v1/+/events"
 ACK = "qs/v1/{device_id}/acks"
 DEADLETTER = "qs/v1/deadletter"
+STATUS = "qs/v1/ingester/status"
 
 # A slow or busy machine is no reason to fail.
 PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -59,7 +60,7 @@ PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_the_device_id_is_what_stands_at_the_plus(
     events: str, topic: str, device_id: str | None
 ) -> None:
-    assert Topics(events, ACK, DEADLETTER).device_id(topic) == device_id
+    assert Topics(events, ACK, DEADLETTER, STATUS).device_id(topic) == device_id
 
 
 LEVEL = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="/+#"), max_size=6)
@@ -71,7 +72,7 @@ LEVELS = st.lists(LEVEL | st.sampled_from(["a", ""]), max_size=3)
 def test_device_id_finds_again_what_was_put_at_the_plus(
     before: list[str], after: list[str], device_id: str
 ) -> None:
-    topics = Topics("/".join([*before, "+", *after]), ACK, DEADLETTER)
+    topics = Topics("/".join([*before, "+", *after]), ACK, DEADLETTER, STATUS)
     assert topics.device_id("/".join([*before, device_id, *after])) == device_id
 
 
@@ -84,7 +85,7 @@ def test_device_id_names_a_device_only_if_the_filter_matches_by_mqtts_rules(
     matches = len(wanted) == len(given_levels) and all(
         want in ("+", level) for want, level in zip(wanted, given_levels, strict=True)
     )
-    device_id = Topics("/".join(wanted), ACK, DEADLETTER).device_id(topic)
+    device_id = Topics("/".join(wanted), ACK, DEADLETTER, STATUS).device_id(topic)
     assert device_id == (given_levels[len(before)] if matches else None)
 
 
@@ -125,7 +126,7 @@ def test_device_id_names_a_device_only_if_the_filter_matches_by_mqtts_rules(
 def test_the_ack_goes_to_the_devices_topic_or_nowhere(
     template: str, device_id: str, topic: str | None
 ) -> None:
-    assert Topics(EVENTS, template, DEADLETTER).ack(device_id) == topic
+    assert Topics(EVENTS, template, DEADLETTER, STATUS).ack(device_id) == topic
 
 
 @pytest.mark.parametrize("char", ["x", "ä", "\U0001f600"])
@@ -135,7 +136,7 @@ def test_a_topic_may_have_65535_bytes(char: str) -> None:
     assert TOPIC_BYTES_MAX == len(longest.encode()) == 65_535
     assert is_publishable(longest)
     assert not is_publishable(longest + "x")
-    topics = Topics(EVENTS, "{device_id}/acks", DEADLETTER)
+    topics = Topics(EVENTS, "{device_id}/acks", DEADLETTER, STATUS)
     assert topics.ack("x" * 65_530) == "x" * 65_530 + "/acks"
     assert topics.ack("x" * 65_531) is None
 
@@ -156,7 +157,7 @@ def test_what_is_publishable_holds_nothing_that_mqtt_forbids(topic: str) -> None
 @given(st.text(st.sampled_from("abcXYZ019_.:-"), min_size=1, max_size=64))
 @settings(PATIENT)
 def test_every_device_with_a_valid_id_has_an_ack_topic(device_id: str) -> None:
-    topics = Topics(EVENTS, ACK, DEADLETTER)
+    topics = Topics(EVENTS, ACK, DEADLETTER, STATUS)
     assert topics.ack(device_id) == f"qs/v1/{device_id}/acks"
 
 
@@ -166,14 +167,14 @@ def test_every_device_with_a_valid_id_has_an_ack_topic(device_id: str) -> None:
 @pytest.mark.parametrize(
     "topics",
     [
-        Topics(EVENTS, ACK, DEADLETTER),
-        Topics("+", "acks/{device_id}", "deadletter/x"),
-        Topics("+/x", "{device_id}/acks", DEADLETTER),
-        Topics("x/+", "y/{device_id}", DEADLETTER),
-        Topics("/+/", "/{device_id}", DEADLETTER),
-        Topics("a b/+/ä", "a b/{device_id}/\U0001f600", "ä"),
-        Topics(EVENTS, "qs/v1/{device_id}/events/acks", "qs/v1/a/events/deadletter"),
-        Topics(EVENTS, "qs/v1/{device_id}/{device_id.__class__}", DEADLETTER),
+        Topics(EVENTS, ACK, DEADLETTER, STATUS),
+        Topics("+", "acks/{device_id}", "deadletter/x", STATUS),
+        Topics("+/x", "{device_id}/acks", DEADLETTER, STATUS),
+        Topics("x/+", "y/{device_id}", DEADLETTER, STATUS),
+        Topics("/+/", "/{device_id}", DEADLETTER, STATUS),
+        Topics("a b/+/ä", "a b/{device_id}/\U0001f600", "ä", STATUS),
+        Topics(EVENTS, "qs/v1/{device_id}/events/acks", "qs/v1/a/events/deadletter", STATUS),
+        Topics(EVENTS, "qs/v1/{device_id}/{device_id.__class__}", DEADLETTER, STATUS),
     ],
     ids=str,
 )
@@ -210,7 +211,7 @@ def test_good_topics_have_no_problems(topics: Topics) -> None:
     ids=lambda text: ascii(text[:40]),
 )
 def test_a_bad_events_topic_is_named(events: str) -> None:
-    problems = topic_problems(Topics(events, ACK, DEADLETTER))
+    problems = topic_problems(Topics(events, ACK, DEADLETTER, STATUS))
     assert len(problems) == 1
     assert problems[0].startswith("MQTT_EVENTS_TOPIC: ")
 
@@ -242,7 +243,7 @@ def test_a_bad_events_topic_is_named(events: str) -> None:
     ids=lambda text: ascii(text[:40]),
 )
 def test_a_bad_ack_template_is_named(template: str) -> None:
-    problems = topic_problems(Topics(EVENTS, template, DEADLETTER))
+    problems = topic_problems(Topics(EVENTS, template, DEADLETTER, STATUS))
     assert len(problems) == 1
     assert problems[0].startswith("ACK_TEMPLATE: ")
 
@@ -253,17 +254,18 @@ def test_a_bad_ack_template_is_named(template: str) -> None:
     ids=lambda text: ascii(text[:40]),
 )
 def test_a_bad_deadletter_topic_is_named(deadletter: str) -> None:
-    problems = topic_problems(Topics(EVENTS, ACK, deadletter))
+    problems = topic_problems(Topics(EVENTS, ACK, deadletter, STATUS))
     assert len(problems) == 1
     assert problems[0].startswith("MQTT_DEADLETTER_TOPIC: ")
 
 
 def test_every_bad_topic_is_named_at_once() -> None:
-    problems = topic_problems(Topics("#", "acks", "+"))
+    problems = topic_problems(Topics("#", "acks", "+", "#"))
     assert [problem.split(":")[0] for problem in problems] == [
         "MQTT_EVENTS_TOPIC",
         "ACK_TEMPLATE",
         "MQTT_DEADLETTER_TOPIC",
+        "MQTT_STATUS_TOPIC",
     ]
 
 
@@ -287,7 +289,7 @@ def test_every_bad_topic_is_named_at_once() -> None:
     ],
 )
 def test_an_ack_template_that_the_ingester_would_hear_is_named(events: str, template: str) -> None:
-    problems = topic_problems(Topics(events, template, DEADLETTER))
+    problems = topic_problems(Topics(events, template, DEADLETTER, STATUS))
     assert len(problems) == 1
     assert problems[0].startswith("ACK_TEMPLATE: ")
     assert "MQTT_EVENTS_TOPIC" in problems[0]
@@ -306,10 +308,15 @@ def test_an_ack_template_that_the_ingester_would_hear_is_named(events: str, temp
 def test_a_deadletter_topic_that_the_ingester_would_hear_is_named(
     events: str, deadletter: str
 ) -> None:
-    problems = topic_problems(Topics(events, "acks/to/a/{device_id}", deadletter))
+    problems = topic_problems(Topics(events, "acks/to/a/{device_id}", deadletter, "s/t/a/t/u/s"))
     assert len(problems) == 1
     assert problems[0].startswith("MQTT_DEADLETTER_TOPIC: ")
     assert "MQTT_EVENTS_TOPIC" in problems[0]
+
+
+def test_a_status_topic_that_the_ingester_would_hear_is_named() -> None:
+    problems = topic_problems(Topics(EVENTS, ACK, DEADLETTER, "qs/v1/ingester/events"))
+    assert [problem.split(":")[0] for problem in problems] == ["MQTT_STATUS_TOPIC"]
 
 
 FEW = st.text(st.sampled_from("ab"), max_size=2)
@@ -335,9 +342,8 @@ def test_no_device_of_topics_without_problems_is_answered_where_the_ingester_lis
     device_id: str,
 ) -> None:
     events = "/".join([*events_before, "+", *events_after])
-    topics = Topics(
-        events, "/".join([*ack_before, ack_level, *ack_after]), "dead/letter/is/far/off"
-    )
+    far = "dead/letters/are/far/off"
+    topics = Topics(events, "/".join([*ack_before, ack_level, *ack_after]), far, far)
     topic = topics.ack(device_id)
     if not topic_problems(topics) and topic is not None:
         assert topics.device_id(topic) is None
