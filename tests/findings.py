@@ -85,7 +85,7 @@ def table(findings: Iterable[Finding]) -> str:
 def write_into(readme: Path, text: str) -> None:
     """Put the text between the two marks of the README."""
     page = readme.read_text()
-    pattern = re.compile(f"(?s)({re.escape(BEGIN)}\n).*?(\n{re.escape(END)})")
-    page, count = pattern.subn(lambda match: match[1] + text + match[2], page)
+    pattern = re.compile(f"(?s)({re.escape(BEGIN)}\n).*?({re.escape(END)})")
+    page, count = pattern.subn(lambda match: f"{match[1]}{text}\n{match[2]}", page)
     assert count == 1, f"{readme.name} does not have the two marks {BEGIN} and {END}"
     readme.write_text(page)
