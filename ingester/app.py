@@ -72,9 +72,9 @@ class Daemon:
         began_at = time.monotonic()
         if batch:
             topics = self._settings.topics
-            replies, counts = ingest(batch, self._store, topics, self._settings.device_default_tz)
-            self._broker.settle(batch, replies)
-            self._progress.settled(counts, time.monotonic() - began_at)
+            done = ingest(batch, self._store, topics, self._settings.device_default_tz)
+            self._broker.settle(batch[: done.messages], done.replies)
+            self._progress.settled(done.counts, time.monotonic() - began_at)
             self._answered_at = began_at
         elif began_at - self._answered_at > PING_SECONDS:
             self._store.ping()

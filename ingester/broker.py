@@ -12,6 +12,7 @@ import logging
 import select
 import socket
 import time
+from collections import deque
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
@@ -26,10 +27,10 @@ from ingester.settings import Settings
 
 log = logging.getLogger(__name__)
 
-# The broker cuts the session after one and a half times this without a packet, and we do as
-# much: above the longest wait for the database (15 s), below what a frozen broker may take
-# before the healthcheck notices.
-KEEPALIVE_SECONDS = 20
+# The broker cuts the session after one and a half times this without a packet: more than the
+# longest wait for the database (15 s). We give up a silent broker after twice this: within
+# the 30 s that the healthcheck allows.
+KEEPALIVE_SECONDS = 15
 CONNECT_SECONDS_MAX = 3.0
 # A connection that lasts less than this, several times in a row, while the broker is there
 # each time: somebody else takes the session over.
@@ -41,6 +42,12 @@ REMINDER_SECONDS = 60.0
 CLOSE_SECONDS_MAX = 1.0
 # Bytes of payloads that one batch holds, but always at least one message.
 BATCH_BYTES_MAX = 1_048_576
+# What is held unsettled at most. The broker's window (mosquitto.conf) is smaller, but 2.0.11
+# lets each PUBACK open a whole one: it then sends all that it has queued.
+IN_HAND_MESSAGES_MAX = 10_000
+IN_HAND_BYTES_MAX = 16_777_216
+# Replies that the broker has not PUBACKed. Each costs 1.2 kB, and there are 65,535 packet ids.
+REPLIES_OUTSTANDING_MAX = 5_000
 
 
 class Message(NamedTuple):
@@ -65,6 +72,11 @@ class Broker:
     def __init__(self, settings: Settings, *, last_will: bytes) -> None:
         self._settings = settings
         self._in_hand: list[Message] = []
+        self._in_hand_bytes = 0
+        self._overflowed = False  # something arrived that was not taken in hand
+        # The last reply of each batch, until the broker PUBACKs it, and how many there were.
+        self._unconfirmed: deque[tuple[paho.MQTTMessageInfo, int]] = deque()
+        self._replies_outstanding = 0
         self.connection = 0
         self._connected_at = 0.0
         self._short_lived = 0
@@ -114,10 +126,14 @@ class Broker:
         They stay in hand, and come again with the next call, until settle() or until the
         connection is lost.
         """
-        if not self._in_hand:
+        self._forget_confirmed()
+        if not self._in_hand or self._replies_outstanding > REPLIES_OUTSTANDING_MAX:
             self._loop(seconds_max)
         while len(self._in_hand) < messages_max and self._has_input():
             self._loop(0)
+        self._forget_confirmed()
+        if self._replies_outstanding > REPLIES_OUTSTANDING_MAX:
+            return []  # what would confirm them may come behind much else: read on first
         batch: list[Message] = []
         bytes_total = 0
         for message in self._in_hand[:messages_max]:
@@ -142,16 +158,30 @@ class Broker:
         # Not self.connected: the SUBACK may come behind a backlog that waits to be settled.
         if not self._client.is_connected() or batch[0].connection != self.connection:
             return
+        info = None
         for reply in replies:
-            rc = self._client.publish(reply.topic, reply.payload, qos=1).rc
-            if rc != MQTTErrorCode.MQTT_ERR_SUCCESS:
+            info = self._client.publish(reply.topic, reply.payload, qos=1)
+            if info.rc != MQTTErrorCode.MQTT_ERR_SUCCESS:
+                self._drop(f"cannot publish: {paho.error_string(info.rc)}")
                 return
+        if info is not None:
+            self._unconfirmed.append((info, len(replies)))
+            self._replies_outstanding += len(replies)
         for message in batch:
             # A PUBACK for a QoS 0 message makes the broker disconnect us.
             if message.qos > 0:
                 self._client.ack(message.mid, message.qos)
-        if self._client.is_connected():  # else all in hand was dropped meanwhile
-            del self._in_hand[: len(batch)]
+        if not self._client.is_connected():
+            return  # all in hand was dropped meanwhile
+        del self._in_hand[: len(batch)]
+        self._in_hand_bytes -= sum(len(message.payload) for message in batch)
+        if self._overflowed and not self._in_hand:
+            log.info("MQTT: reconnecting, so that the broker sends again what was too much to hold")
+            self._client.disconnect()
+
+    def _forget_confirmed(self) -> None:
+        while self._unconfirmed and self._unconfirmed[0][0].is_published():
+            self._replies_outstanding -= self._unconfirmed.popleft()[1]
 
     def publish_status(self, status: bytes) -> None:
         """Publish the status, retained."""
@@ -233,8 +263,12 @@ class Broker:
         if message.topic == DROPPED_TOPIC:
             self._note_dropped(message.payload)
             return
+        if len(self._in_hand) >= IN_HAND_MESSAGES_MAX or self._in_hand_bytes >= IN_HAND_BYTES_MAX:
+            self._overflowed = True
+            return
         # Append and nothing else: an exception that leaves a callback makes paho hand over
         # the same message again and again.
+        self._in_hand_bytes += len(message.payload)
         self._in_hand.append(
             Message(
                 message.topic,
@@ -264,17 +298,22 @@ class Broker:
     ) -> None:
         # Not PUBACKed, so the broker will send them again.
         self._in_hand.clear()
-        if self.connected:
-            lasted_seconds = time.monotonic() - self._connected_at
-            self._short_lived = self._short_lived + 1 if lasted_seconds < SHORT_LIVED_SECONDS else 0
-        self.connected = False
-        if self._closing:
+        self._in_hand_bytes = 0
+        was_connected, self.connected = self.connected, False
+        intended = self._closing or (self._overflowed and self._error is None)
+        self._overflowed = False
+        if intended:
             return
         error = self._error or "connection lost"  # MQTT 3.1.1 says no more
+        if was_connected and time.monotonic() - self._connected_at < SHORT_LIVED_SECONDS:
+            self._short_lived += 1
+        elif was_connected:
+            self._short_lived = 0
         if self._short_lived >= SHORT_LIVED_MAX:
             error = (
-                "the connection does not last, and the broker is there: the session was probably"
-                f" taken over by another client with the client id {self._settings.mqtt_client_id}"
+                "the connection is lost soon after it is made, again and again: another client"
+                f" with the client id {self._settings.mqtt_client_id} takes the session over, or"
+                " the broker, or the line to it, comes and goes"
             )
             if self._short_lived == SHORT_LIVED_MAX:
                 log.warning("MQTT: %s", error)

@@ -20,6 +20,18 @@ from ingester.reply import Reply, ack, ack_for, dead_letter_for
 from ingester.store import Outcome, Store
 from ingester.topic import Topics
 
+# Once a batch has this many events, its other messages wait for the next one: a message may
+# hold a thousand, each with an answer.
+EVENTS_MAX = 5_000
+
+
+class Ingested(NamedTuple):
+    """How many of the messages were ingested, what to publish, and what to count."""
+
+    messages: int
+    replies: list[Reply]
+    counts: Counter[str]
+
 
 class Decoded(NamedTuple):
     """A message and what its payload held; device_id is None if its topic names none."""
@@ -32,16 +44,22 @@ class Decoded(NamedTuple):
 
 def ingest(
     messages: Sequence[Message], store: Store, topics: Topics, default_tz: tzinfo
-) -> tuple[list[Reply], Counter[str]]:
-    """Store the messages' events; return the replies to publish, and what to count.
+) -> Ingested:
+    """Store the events of the messages, or of the first of them; say what to publish.
 
     Raises StoreUnavailable.
     """
-    batch = [_decode(message, topics, default_tz) for message in messages]
+    batch: list[Decoded] = []
+    size = 0
+    for message in messages:
+        batch.append(_decode(message, topics, default_tz))
+        size += len(batch[-1].results)
+        if size >= EVENTS_MAX:
+            break
     events = [result for item in batch for result in item.results if isinstance(result, Event)]
     outcomes = iter(store.insert(events))
 
-    counts = Counter(messages=len(messages), received=sum(len(item.results) for item in batch))
+    counts = Counter(messages=len(batch), received=size)
     acks: list[Reply] = []
     letters: list[DeadLetter] = []
     for item in batch:
@@ -53,10 +71,11 @@ def ingest(
 
     ids = store.keep(letters)
     counts["dead_lettered"] = len(letters)
-    return acks + [
+    dead_letters = [
         dead_letter_for(topics.deadletter, letter_id, letter)
         for letter_id, letter in zip(ids, letters, strict=True)
-    ], counts
+    ]
+    return Ingested(len(batch), acks + dead_letters, counts)
 
 
 _COUNTED_AS: dict[Outcome | Rejection, str] = {
