@@ -74,12 +74,13 @@ class Fault(Enum):
 FAULTS = {
     "08": Fault.CONNECTION,  # connection exception
     "57P": Fault.CONNECTION,  # shutdown, crash, starting up, database dropped
+    # Read-only transaction: a session that began so stays so when the database no longer is.
+    "25006": Fault.CONNECTION,
     "40": Fault.PASSING,  # serialization failure, deadlock
     "53": Fault.PASSING,  # disk full, out of memory, too many connections
     "55P03": Fault.PASSING,  # lock not available
     "57014": Fault.PASSING,  # query canceled: statement_timeout
     "58": Fault.PASSING,  # system error: I/O
-    "25006": Fault.PASSING,  # read-only transaction: a standby, or a full disk
     "22": Fault.EVENT,  # data exception
     "23": Fault.EVENT,  # integrity constraint violation
     "54": Fault.EVENT,  # program limit exceeded: too big, too deep
@@ -125,6 +126,7 @@ class Store:
                 **self._database,
                 client_encoding="UTF8",
                 fallback_application_name="homelab-ingester",
+                target_session_attrs="read-write",
                 # Each alone misses one direction of a cut line.
                 keepalives_idle=10,
                 keepalives_interval=5,

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, Literal, Self
 
 from paho.mqtt import client as paho
-from paho.mqtt.enums import CallbackAPIVersion
+from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode
 
 
 def event(number: int | str, device_id: str = "device-1", **fields: Any) -> dict[str, Any]:
@@ -40,8 +40,11 @@ class Device:
         host: str = "127.0.0.1",
         transport: Literal["tcp", "websockets"] = "tcp",
         root: str = "qs/v1",
+        hears: str = "+",
     ) -> None:
+        """`hears` is whose ACKs: each device's, or those of one id (for when there are many)."""
         self.device_id = device_id
+        self.hears = hears
         self.root = root
         self.messages: list[tuple[str, bytes]] = []
         self.acks: list[dict[str, Any]] = []
@@ -90,6 +93,9 @@ class Device:
         body = payload if isinstance(payload, bytes) else json.dumps(payload).encode()
         topic = topic or f"{self.root}/{self.device_id}/events"
         info = self._client.publish(topic, body, qos=qos, retain=retain)
+        if qos > 0 and info.rc == MQTTErrorCode.MQTT_ERR_NO_CONN:
+            # paho keeps it and sends it after the next connect, and yet waits for no PUBACK.
+            info.rc = MQTTErrorCode.MQTT_ERR_SUCCESS
         if isinstance(payload, dict) and "event_id" in payload:
             self.sent[payload["event_id"]] = payload
             if qos > 0:
@@ -100,6 +106,10 @@ class Device:
     def taken(self) -> set[str]:
         """The ids of the QoS 1 events that the broker has PUBACKed."""
         return {event_id for event_id, info in self._publishes if info.is_published()}
+
+    def all_taken(self) -> bool:
+        """Whether the broker has PUBACKed every QoS 1 event, as often as it was sent."""
+        return all(info.is_published() for _, info in reversed(self._publishes))
 
     def ask(self, payload: object, *, qos: int = 1, topic: str | None = None) -> dict[str, Any]:
         """Publish one event; return its ACK."""
@@ -137,7 +147,8 @@ class Device:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def _on_connect(self, client: paho.Client, *_: Any) -> None:
-        client.subscribe([(f"{self.root}/+/acks", 1), (f"{self.root}/deadletter", 1)])
+        acks = f"{self.root}/{self.hears}/acks"
+        client.subscribe([(acks, 1), (f"{self.root}/deadletter", 1)])
 
     def _on_message(self, _client: Any, _user: Any, message: paho.MQTTMessage) -> None:
         now = time.perf_counter()

@@ -242,7 +242,7 @@ def test_dead_letters_are_kept_whole_and_their_ids_are_in_order(
         ("55P03", Fault.PASSING),
         ("57014", Fault.PASSING),
         ("58030", Fault.PASSING),
-        ("25006", Fault.PASSING),
+        ("25006", Fault.CONNECTION),
         ("22003", Fault.EVENT),
         ("22P02", Fault.EVENT),
         ("22P05", Fault.EVENT),
@@ -305,12 +305,30 @@ def test_without_permission_no_event_is_at_fault(store: Store, database: Databas
         database.query("DROP ROLE nobody_much")
 
 
-def test_a_read_only_database_passes(database: Database) -> None:
-    store = Store(database.conninfo | {"options": "-c default_transaction_read_only=on"})
+def test_a_database_that_becomes_read_only_is_left_and_not_taken_until_it_is_writable(
+    store: Store, database: Database
+) -> None:
+    default = f"ALTER DATABASE {database.name} SET default_transaction_read_only"
+    store.ping()
+    database.query(f"{default} = on")
+    other = Store(database.conninfo)
+    with pytest.raises(StoreUnavailable, match="read-only"):
+        other.connect()
+    database.postgres.psql(f"{default} = off", "qs")  # from another one, which may write
+    other.connect()
+    assert other.insert([make("a")]) == [STORED]
+    other.close()
+
+
+def test_a_session_that_is_read_only_is_left(database: Database) -> None:
+    store = Store(database.conninfo)
     store.connect()
+    store._run(lambda cursor: cursor.execute("SET default_transaction_read_only = on"))
     with pytest.raises(StoreUnavailable, match="25006"):
         store.insert([make("a")])
-    assert store.connected
+    assert not store.connected
+    store.connect()
+    assert store.insert([make("a")]) == [STORED]
     store.close()
 
 

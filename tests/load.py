@@ -1,0 +1,141 @@
+"""Devices under load: they publish while something goes wrong, and see it through.
+
+What it does: lets devices publish at a steady rate while a `with` block makes a fault and
+mends it, and looks from outside at what the ingester says and takes meanwhile. What it does
+not: check the promise; that is find() in tests/findings.py.
+
+Invariant: nothing is published any more when a block is left, whatever happened in it.
+"""
+
+import re
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+
+from tests.device import Device, event
+from tests.pipeline import Database, Pipeline, wait_until
+from tools.stack import Process, clean_environment, run
+
+TURN_SECONDS = 0.01
+
+
+@contextmanager
+def devices(pipeline: Pipeline, number: int, port: int | None = None) -> Iterator[list[Device]]:
+    """Connect so many devices, each of which hears its own ACKs."""
+    with ExitStack() as stack:
+        names = [f"device-{index}" for index in range(number)]
+        port = port or pipeline.mosquitto.port
+        yield [stack.enter_context(Device(port, name, hears=name)) for name in names]
+
+
+@contextmanager
+def load(publishers: Sequence[Device], per_second: int = 200, qos: int = 1) -> Iterator[None]:
+    """Let each of them publish a new event so often, once, while the block runs."""
+    over = threading.Event()
+
+    def publish(device: Device) -> None:
+        number = len(device.sent)
+        while not over.wait(TURN_SECONDS):
+            for _ in range(max(1, round(per_second * TURN_SECONDS))):
+                device.send(event(number, device.device_id, value=number), qos=qos)
+                number += 1
+
+    threads = [threading.Thread(target=publish, args=[device]) for device in publishers]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join()
+
+
+def deliver_rest(publishers: Iterable[Device], timeout: float = 30) -> None:
+    """Let each send again what it has not heard of, until it has."""
+    for device in publishers:
+        unheard = [item for key, item in device.sent.items() if key not in device.heard_at]
+        device.deliver(unheard, timeout)
+
+
+def hear_all(publishers: Iterable[Device], timeout: float = 30) -> None:
+    """Wait until each has heard that all it sent is stored, without sending it again."""
+    for device in publishers:
+        what = f"an ACK for each of {len(device.sent)} events"
+        device.wait(partial(heard_all, device), what, timeout)
+
+
+def heard_all(device: Device) -> bool:
+    return device.heard_at.keys() >= device.sent.keys()
+
+
+def events_sent(publishers: Iterable[Device]) -> int:
+    return sum(len(device.sent) for device in publishers)
+
+
+def wait_for_load(publishers: Sequence[Device], number: int = 50) -> None:
+    """Wait until so many more events were sent."""
+    wanted = events_sent(publishers) + number
+    timeout = 15 + number / 100
+    wait_until(lambda: events_sent(publishers) >= wanted, f"{number} more events", timeout)
+
+
+def wait_for_acks(publishers: Sequence[Device], number: int = 50) -> None:
+    """Wait until they have heard so many more ACKs: that events flow."""
+
+    def heard() -> int:
+        return sum(len(device.heard_at) for device in publishers)
+
+    wanted = heard() + number
+    wait_until(lambda: heard() >= wanted, f"{number} more ACKs")
+
+
+@contextmanager
+def database_down(database: Database) -> Iterator[None]:
+    """Stop PostgreSQL while the block runs."""
+    database.postgres.stop()
+    try:
+        yield
+    finally:
+        database.postgres.start()
+        database.postgres.wait_ready()
+
+
+def check_log(pipeline: Pipeline, name: str, seconds: float, outages: int = 1) -> None:
+    """Check what the log says of outages of `name`, which all together lasted at most so long.
+
+    One line when each began, at most one a minute, one when it ended, and no traceback. Of
+    several at short intervals not each needs to be told, and once it may be guessed that
+    another client takes the session over.
+    """
+    log = pipeline.ingester.log(pipeline.ingester.log_start)
+    began = re.findall(rf"WARNING {name}: .*trying again until it works", log)
+    ended = re.findall(rf"INFO {name}: back after .*", log)
+    warned = re.findall(rf"WARNING {name}: .*", log)
+    assert 1 <= len(began) <= outages, warned
+    guesses = 1 if outages >= 3 else 0
+    assert len(warned) <= len(began) + guesses + seconds / 60, warned
+    assert len(began) <= len(ended) <= len(warned), (warned, ended)
+    assert log.rindex(ended[-1]) > log.rindex(began[-1])
+    assert "Traceback" not in log
+
+
+def connects(pipeline: Pipeline) -> int:
+    return pipeline.ingester.log().count("MQTT connected rc=Success")
+
+
+def peak_megabytes(process: Process) -> float:
+    """Return the most memory that the process has had in RAM, in MB (VmHWM)."""
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    match = re.search(r"(?m)^VmHWM:\s+(\d+) kB$", status)
+    assert match
+    return int(match[1]) * 1024 / 1e6
+
+
+def broker_dropped(pipeline: Pipeline) -> int:
+    """Return how many messages the broker says it has dropped since it started."""
+    command = ["mosquitto_sub", "-h", "127.0.0.1", "-p", str(pipeline.mosquitto.port)]
+    topic = "$SYS/broker/publish/messages/dropped"
+    return int(run([*command, "-W", "5", "-C", "1", "-t", topic], clean_environment()))

@@ -1,0 +1,152 @@
+"""What devices send that cannot be stored: a poisonous event, a flood of nonsense.
+
+What it does: sends it among good events, and counts at the sender. What it does not: look
+at each rule of the event contract (test_event.py) or each answer (test_ingester.py).
+"""
+
+import random
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.device import event
+from tests.findings import Finding, find
+from tests.pipeline import Database, Pipeline, wait_until
+from tools.stack import Stack
+
+Report = Callable[[Finding], None]
+
+BATCH = 500
+# Too long for an index even when it is compressed.
+NOISE = "".join(chr(0x4E00 + i * 7919 % 20_000) for i in range(6_000))
+
+
+@pytest.fixture
+def database(servers: Stack, database: Database, request: pytest.FixtureRequest) -> Database:
+    """The test's database; made again with another encoding, if a parameter names one."""
+    if encoding := getattr(request, "param", None):
+        servers.postgres.drop_database(database.name)
+        clause = f"ENCODING '{encoding}' LOCALE 'C' TEMPLATE template0"
+        servers.postgres.psql(f"CREATE DATABASE {database.name} {clause}", "postgres")
+        servers.postgres.apply_schema(database.name)
+    return database
+
+
+POISONS: list[tuple[str, str | None, str, dict[str, Any], str]] = [
+    (
+        "a constraint of the user's own",
+        None,
+        "ALTER TABLE events ADD CHECK (value_num < 1000)",
+        {"value": 5000},
+        "23514",
+    ),
+    ("too large for an index", None, "CREATE INDEX ON events (unit, value_text)", {}, "54000"),
+    ("a character that a LATIN1 database lacks", "LATIN1", "SELECT", {"value": "日"}, "22P05"),
+    (
+        "an index expression divides by zero",
+        None,
+        "CREATE INDEX ON events ((1 / (value_num - 7)::int))",
+        {"value": 7},
+        "22012",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("poison", "database", "sql", "fields", "sqlstate"),
+    [POISONS[0], *(pytest.param(*poison, marks=pytest.mark.faults) for poison in POISONS[1:])],
+    indirect=["database"],
+    ids=[poison[0] for poison in POISONS],
+)
+def test_one_poisonous_event_in_a_full_batch_is_kept_and_the_rest_stored_in_one_pass(
+    running: Pipeline,
+    report: Report,
+    poison: str,
+    sql: str,
+    fields: dict[str, Any],
+    sqlstate: str,
+) -> None:
+    database, postgres = running.database, running.database.postgres
+    database.query(sql)
+    poisonous = event(377, **(fields or {"value": NOISE}))
+    other = database.connect()
+    with other.cursor() as cursor, running.device() as device:
+        # While the first waits for the table, a full batch comes together behind it.
+        cursor.execute("LOCK TABLE events")
+        device.publish(event("first"))
+        waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+        wait_until(lambda: database.query(waiting) == [(1,)], "the insert to wait")
+        for number in range(BATCH - 1):
+            device.send(poisonous if number == 377 else event(number, value=number % 5))
+        device.publish(event("last"))
+        log_start = postgres.log_end
+        postgres.psql("ALTER SYSTEM SET log_statement = 'all'", "postgres")
+        postgres.psql("SELECT pg_reload_conf()", "postgres")
+        try:
+            other.rollback()
+            device.wait(lambda: len(device.acks) == BATCH + 1, "an ACK for each")
+            device.wait(lambda: bool(device.dead_letters), "the dead letter")
+        finally:
+            other.close()
+            postgres.psql("ALTER SYSTEM RESET log_statement", "postgres")
+            postgres.psql("SELECT pg_reload_conf()", "postgres")
+    log = running.ingester.log()
+    batch = f"batch: messages {BATCH}, stored {BATCH - 1}, duplicates 0, rejected 1 "
+    assert log.count(batch) == 1, log
+    said = postgres.log(log_start)
+    inserts = said.count("statement: INSERT INTO events")
+    assert 0 < inserts <= 2 * 9 + 1, inserts  # halved, and not one by one
+    assert "SAVEPOINT" not in said
+    assert database.query("SELECT reason, event_id FROM dead_letters") == [
+        ("not_storable", poisonous["event_id"])
+    ]
+    assert sqlstate in device.dead_letters[0]["error"]
+    assert "WARNING" not in log
+    note = f"{inserts} INSERTs"
+    report(find(f"one of {BATCH} is poisonous: {poison}", [device], database, note=note))
+
+
+def nonsense(randomness: random.Random, number: int) -> bytes:
+    """Return a payload that is no event, of one kind or another."""
+    kinds = [
+        randomness.randbytes(randomness.randrange(200)),
+        b"",
+        b'{"schema": 1, "event_id": "',
+        b"[1, 2",
+        b'"text"',
+        b"NaN",
+        b"\xff\xfe{\x00}\x00",
+        b'{"schema": 2, "event_id": "x%d"}' % number,
+        b'{"schema": 1, "event_id": "x%d", "device_id": "another", "event_type": "t"}' % number,
+        b'{"schema": 1, "event_id": "x%d", "device_id": "device-1"}' % number,
+        b"[" * 5000,
+        b"x" * 20_000,
+    ]
+    return kinds[number % len(kinds)]
+
+
+def test_a_flood_of_nonsense_is_kept_and_the_good_events_in_it_are_stored(
+    running: Pipeline, report: Report, pytestconfig: pytest.Config
+) -> None:
+    each = 10_000 if pytestconfig.getoption("faults") else 1_000
+    randomness = random.Random(20260210)
+    with running.device() as device:
+        order = [True] * each + [False] * each
+        randomness.shuffle(order)
+        for number, good in enumerate(order):
+            device.send(event(number, value=number) if good else nonsense(randomness, number))
+        device.wait(lambda: len(device.acks) >= 2 * each, "an ACK for each", 90)
+        device.wait(lambda: len(device.dead_letters) >= each, "each dead letter", 30)
+    answers = [ack["status"] for ack in device.acks]
+    assert (answers.count("stored"), answers.count("rejected")) == (each, each)
+    database = running.database
+    assert len(device.dead_letters) == each
+    assert database.count() + database.count("dead_letters") == 2 * each
+    log = running.ingester.log()
+    assert log.count("MQTT connected rc=Success") == 1
+    assert len(re.findall(r" (?:INFO|WARNING|ERROR) ", log)) < 12, log
+    assert running.ingester.running
+    case = f"{each:,} payloads of nonsense among {each:,} events"
+    report(find(case, [device], database))
