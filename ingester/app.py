@@ -29,6 +29,9 @@ from ingester.store import Store, StoreUnavailable
 TURN_SECONDS = 0.5
 # How long the database may go unasked, so that its absence is noticed in a quiet hour too.
 PING_SECONDS = 10.0
+# A message that waits longer than this to be settled is a sign that nothing moves. With the
+# 30 s that the healthcheck allows the heartbeat to be old, it is said in good time.
+PENDING_SECONDS_MAX = 10.0
 # From a signal on, the batch in hand may still take this long; the whole stop 5 s.
 FINISH_SECONDS = 3.0
 
@@ -86,7 +89,8 @@ class Daemon:
         broker = self._broker
         waiting = self._database.lasts or not self._store.connected
         state = State.WAITING_FOR_DATABASE if waiting else State.ONLINE
-        self._progress.turn(state, well=broker.connected and not waiting)
+        pending = broker.oldest_in_hand_seconds > PENDING_SECONDS_MAX
+        self._progress.turn(state, well=broker.connected and not waiting and not pending)
         if not broker.connected:
             return
         status = self._progress.status(
