@@ -29,8 +29,8 @@ from ingester.store import Store, StoreUnavailable
 TURN_SECONDS = 0.5
 # How long the database may go unasked, so that its absence is noticed in a quiet hour too.
 PING_SECONDS = 10.0
-# A message that waits longer than this to be settled is a sign that nothing moves. With the
-# 30 s that the healthcheck allows the heartbeat to be old, it is said in good time.
+# A message that waits longer than this to be settled is a sign that nothing moves. The 20 s
+# that the healthcheck allows the heartbeat to be old come on top.
 PENDING_SECONDS_MAX = 10.0
 # From a signal on, the batch in hand may still take this long; the whole stop 5 s.
 FINISH_SECONDS = 3.0
