@@ -21,7 +21,7 @@ from paho.mqtt import client as paho
 from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode
 from paho.mqtt.reasoncodes import ReasonCode
 
-from ingester.outage import Outage
+from ingester.outage import REMINDER_SECONDS, Outage
 from ingester.reply import Reply
 from ingester.settings import Settings
 
@@ -37,7 +37,6 @@ CONNECT_SECONDS_MAX = 3.0
 SHORT_LIVED_SECONDS = 10.0
 SHORT_LIVED_MAX = 3
 DROPPED_TOPIC = "$SYS/broker/publish/messages/dropped"
-REMINDER_SECONDS = 60.0
 # What is still to be written at the end may take this long.
 CLOSE_SECONDS_MAX = 1.0
 # Bytes of payloads that one batch holds, but always at least one message.
@@ -87,7 +86,7 @@ class Broker:
         self._error: str | None = None  # why we ended the connection, or the broker did
         self._closing = False
         self._outage = Outage("MQTT")
-        # MQTT 3.1.1: its session has no expiry to set, and paho spends half as long on it.
+        # MQTT 3.1.1: its session has no expiry to set, and its packets have no properties to parse.
         self._client = paho.Client(
             CallbackAPIVersion.VERSION2,
             client_id=settings.mqtt_client_id,

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ingester import __version__
+from ingester.reply import timestamp
 
 log = logging.getLogger(__name__)
 
@@ -89,18 +90,14 @@ class Progress:
         self._published, self._status_at = (self._state, connection), now
         body = {
             "state": self._state,
-            "since": _iso(self._since),
+            "since": timestamp(self._since),
             "version": __version__,
             "uptime_seconds": round(now - self._started_at),
             "counters": {name: self._totals[name] for name in COUNTERS},
             "batches": self._batches,
-            "last_commit_at": self._last_commit_at and _iso(self._last_commit_at),
+            "last_commit_at": self._last_commit_at and timestamp(self._last_commit_at),
         }
         return json.dumps(body | facts).encode()
-
-
-def _iso(moment: datetime) -> str:
-    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def _text(counts: Counter[str]) -> str:

@@ -9,7 +9,7 @@ larger than the broker takes would disconnect the ingester, again and again.
 
 import base64
 import json
-from datetime import UTC
+from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 from ingester.event import SCHEMA
@@ -24,6 +24,11 @@ class Reply(NamedTuple):
 
     topic: str
     payload: bytes
+
+
+def timestamp(moment: datetime) -> str:
+    """Return the moment as everything published writes it: UTC, with milliseconds and a Z."""
+    return moment.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def ack(device_id: str, event_id: str | None, rejection: Rejection | None) -> dict[str, Any]:
@@ -55,7 +60,6 @@ def dead_letter_for(topic: str, letter_id: int, letter: DeadLetter) -> Reply:
         truncated = len(head) < len(letter.payload)
     else:
         truncated = len(payload) > PAYLOAD_CHARS_MAX
-    received_at = letter.received_at.astimezone(UTC).isoformat(timespec="milliseconds")
     body = {
         "schema": SCHEMA,
         "id": letter_id,
@@ -67,6 +71,6 @@ def dead_letter_for(topic: str, letter_id: int, letter: DeadLetter) -> Reply:
         "payload": payload[:PAYLOAD_CHARS_MAX],
         "payload_encoding": encoding,
         "truncated": truncated,
-        "received_at": received_at.replace("+00:00", "Z"),
+        "received_at": timestamp(letter.received_at),
     }
     return Reply(topic, json.dumps(body, ensure_ascii=False).encode("utf-8"))

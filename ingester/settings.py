@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from zoneinfo import ZoneInfo
 
-from ingester.topic import Topics, topic_problems
+from ingester.topic import TOPIC_BYTES_MAX, Topics, topic_problems
 
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 # libpq's documentation, "Database Connection Control Functions", sslmode.
@@ -134,7 +134,8 @@ def _is_host(name: str) -> bool:
 
 def _is_text(env: Mapping[str, str], name: str) -> bool:
     try:
-        return len(env.get(name, "").encode("utf-8")) <= 65_535  # MQTT 3.1.1, section 1.5.3
+        # The limit of a topic is that of every string in MQTT.
+        return len(env.get(name, "").encode("utf-8")) <= TOPIC_BYTES_MAX
     except UnicodeEncodeError:  # the environment holds bytes, and Python hides what is not UTF-8
         return False
 

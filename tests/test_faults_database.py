@@ -15,7 +15,7 @@ import pytest
 
 from tests.device import event
 from tests.findings import Finding, find
-from tests.load import connects, devices, hear_all, peak_megabytes
+from tests.load import connects, database_down, devices, hear_all, peak_megabytes
 from tests.pipeline import Database, Pipeline, wait_until
 from tests.proxy import Proxy
 from tests.trial import PEAK_MEGABYTES_MAX, under_load
@@ -76,13 +76,8 @@ def killed(pipeline: Pipeline) -> Iterator[None]:
 
 @contextmanager
 def stopped(pipeline: Pipeline) -> Iterator[None]:
-    postgres = pipeline.database.postgres
-    postgres.stop()
-    try:
+    with database_down(pipeline.database):
         yield
-    finally:
-        postgres.start()
-        postgres.wait_ready()
 
 
 @contextmanager
