@@ -42,8 +42,8 @@ class Daemon:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._stopping = False
-        self._store = Store(settings.database)
         self._broker = Broker(settings, last_will=OFFLINE)
+        self._store = Store(settings.database, meanwhile=self._broker.take_in)
         self._database = Outage("Postgres")
         self._progress = Progress(settings.heartbeat_file)
         self._answered_at = 0.0

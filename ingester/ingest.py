@@ -57,15 +57,17 @@ def ingest(
         if size >= EVENTS_MAX:
             break
     events = [result for item in batch for result in item.results if isinstance(result, Event)]
-    outcomes = iter(store.insert(events))
+    outcomes = store.insert(events)
+    counts = _counts(len(batch), size, outcomes)
 
-    counts = Counter(messages=len(batch), received=size)
+    outcome = iter(outcomes)
     acks: list[Reply] = []
     letters: list[DeadLetter] = []
     for item in batch:
-        verdicts = [next(outcomes) if isinstance(r, Event) else r for r in item.results]
-        counts.update(_COUNTED_AS.get(verdict, "rejected") for verdict in verdicts)
-        rejections = [_rejection(verdict) for verdict in verdicts]
+        rejections = [
+            _rejection(next(outcome) if isinstance(result, Event) else result)
+            for result in item.results
+        ]
         acks += _acks(item, rejections, topics)
         letters += _dead_letters(item, rejections)
 
@@ -78,10 +80,15 @@ def ingest(
     return Ingested(len(batch), acks + dead_letters, counts)
 
 
-_COUNTED_AS: dict[Outcome | Rejection, str] = {
-    Outcome.STORED: "stored",
-    Outcome.DUPLICATE: "duplicates",
-}
+def _counts(messages: int, received: int, outcomes: list[Outcome | Rejection]) -> Counter[str]:
+    stored, duplicates = outcomes.count(Outcome.STORED), outcomes.count(Outcome.DUPLICATE)
+    return Counter(
+        messages=messages,
+        received=received,
+        stored=stored,
+        duplicates=duplicates,
+        rejected=received - stored - duplicates,
+    )
 
 
 def _decode(message: Message, topics: Topics, default_tz: tzinfo) -> Decoded:

@@ -17,6 +17,8 @@ from ingester.rejection import DeadLetter, Rejection
 
 # Characters of a payload in a published dead letter. The row has all of it.
 PAYLOAD_CHARS_MAX = 2_000
+# Made once: json.dumps() makes one at every call that is not to escape what is not ASCII.
+_TO_JSON = json.JSONEncoder(ensure_ascii=False)
 
 
 class Reply(NamedTuple):
@@ -46,7 +48,7 @@ def ack(device_id: str, event_id: str | None, rejection: Rejection | None) -> di
 
 def ack_for(topic: str, answers: dict[str, Any] | list[dict[str, Any]]) -> Reply:
     """Return the ACK of one message: an object, or an array if an array was sent."""
-    return Reply(topic, json.dumps(answers, ensure_ascii=False).encode("utf-8"))
+    return Reply(topic, _TO_JSON.encode(answers).encode("utf-8"))
 
 
 def dead_letter_for(topic: str, letter_id: int, letter: DeadLetter) -> Reply:
@@ -73,4 +75,4 @@ def dead_letter_for(topic: str, letter_id: int, letter: DeadLetter) -> Reply:
         "truncated": truncated,
         "received_at": timestamp(letter.received_at),
     }
-    return Reply(topic, json.dumps(body, ensure_ascii=False).encode("utf-8"))
+    return Reply(topic, _TO_JSON.encode(body).encode("utf-8"))

@@ -323,7 +323,7 @@ def test_a_database_that_becomes_read_only_is_left_and_not_taken_until_it_is_wri
 def test_a_session_that_is_read_only_is_left(database: Database) -> None:
     store = Store(database.conninfo)
     store.connect()
-    store._run(lambda cursor: cursor.execute("SET default_transaction_read_only = on"))
+    store._run("SELECT set_config('default_transaction_read_only', 'on', false)")
     with pytest.raises(StoreUnavailable, match="25006"):
         store.insert([make("a")])
     assert not store.connected
