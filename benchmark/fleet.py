@@ -1,0 +1,263 @@
+"""The devices of the benchmark: raw sockets, packets encoded beforehand.
+
+What it does: publishes events with QoS 1 over one MQTT connection for each device, so many
+at a time or so often as it is told, hears the ACKs, and measures. What it does not: steal the
+core that it measures. While the rate is taken it counts ACKs without taking packets apart;
+the event ids are looked for afterwards.
+
+Invariant: what it calls heard are distinct event ids with a `stored` ACK, counted here at
+the sender. A run that does not hear all that it sent raises.
+"""
+
+import json
+import re
+import select
+import socket
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+DEVICES = 50
+# A device that hears nothing for so long gives up the run.
+SILENCE_SECONDS_MAX = 30.0
+# MQTT 3.1.1, section 2.3.1: packet ids are 16 bits, and not 0.
+PACKET_ID_MAX = 65_535
+STORED = b'"stored"'
+_ACK = re.compile(rb'"event_id":\s*"([^"]+)"[^}]*?"status":\s*"stored"')
+
+
+class FleetError(Exception):
+    """An ACK did not come, or the broker ended a connection."""
+
+
+class Publish(NamedTuple):
+    """A packet ready to be sent: whose it is, its bytes, the ids of the events in it."""
+
+    device: int
+    packet: bytes
+    event_ids: list[bytes]
+
+
+def publishes(run: str, count: int, events_each: int = 1) -> list[Publish]:
+    """So many PUBLISH packets in turn for each device; with events_each > 1 of arrays.
+
+    `run` makes the event ids unique. An event is about 200 bytes of JSON.
+    """
+    return [_publish(run, number, events_each) for number in range(count)]
+
+
+def _publish(run: str, number: int, events_each: int) -> Publish:
+    device = number % DEVICES
+    name = _name(device)
+    ids = [f"{run}-{number}-{index}" for index in range(events_each)]
+    events = [_event(name, event_id, number) for event_id in ids]
+    payload = json.dumps(events if events_each > 1 else events[0]).encode()
+    topic = f"qs/v1/{name}/events".encode()
+    packet_id = number // DEVICES % PACKET_ID_MAX + 1
+    body = _string(topic) + packet_id.to_bytes(2, "big") + payload
+    return Publish(device, b"\x32" + _length(len(body)) + body, [i.encode() for i in ids])
+
+
+def _event(name: str, event_id: str, number: int) -> dict[str, object]:
+    return {
+        "schema": 1,
+        "event_id": event_id,
+        "device_id": name,
+        "event_type": "temperature",
+        "value": 15 + number % 200 / 10,
+        "unit": "C",
+        "ts_device": "2026-02-10T00:00:00Z",
+        "meta": {"sensor": "dht22", "n": number},
+    }
+
+
+def _name(device: int) -> str:
+    return f"esp32-{device:02}"
+
+
+class Fleet:
+    """The connected devices, for as long as a `with` block lasts."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self._sockets: list[socket.socket] = []
+        self._devices: dict[int, int] = {}  # file descriptor to device
+        self._poll = select.epoll()
+        self._chunks: list[list[bytes]] = []  # what each device has heard
+        self._tails: list[bytes] = []
+
+    def __enter__(self) -> "Fleet":
+        for device in range(DEVICES):
+            sock = _connect(self._port, _name(device))
+            self._sockets.append(sock)
+            self._devices[sock.fileno()] = device
+            self._poll.register(sock, select.EPOLLIN)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._poll.close()
+        for sock in self._sockets:
+            sock.sendall(b"\xe0\x00")  # DISCONNECT
+            sock.close()
+
+    def closed_loop(
+        self, packets: Sequence[Publish], outstanding: int, progress: Callable[[int], None]
+    ) -> float:
+        """Keep so many packets outstanding until all are ACKed; return the seconds it took."""
+        self._begin()
+        ready = self._queues(packets)
+        expected = sum(len(publish.event_ids) for publish in packets)
+        events_each = len(packets[0].event_ids)
+        heard = [0] * DEVICES
+        total = 0
+        began_at = time.perf_counter()
+        for device, queue in enumerate(ready):
+            self._send(device, queue, len(range(device, outstanding, DEVICES)))
+        while total < expected:
+            for device in self._readable():
+                count = self._hear(device)
+                total += count
+                heard[device] += count
+                complete, heard[device] = divmod(heard[device], events_each)
+                self._send(device, ready[device], complete)
+            progress(total)
+        seconds = time.perf_counter() - began_at
+        self._check(packets)
+        return seconds
+
+    def open_loop(
+        self, packets: Sequence[Publish], per_second: float, progress: Callable[[int], None]
+    ) -> list[float]:
+        """Send each packet at its time, whatever comes back; return the latencies in seconds.
+
+        Counted from when the packet was due, not from when it was sent: so a stall counts for
+        every packet that it delays.
+        """
+        self._begin()
+        due_at: dict[bytes, float] = {}
+        latencies: list[float] = []
+        began_at = time.perf_counter()
+        sent = 0
+        while len(latencies) < len(packets):
+            next_at = began_at + sent / per_second
+            now = time.perf_counter()
+            if sent < len(packets) and now >= next_at:
+                publish = packets[sent]
+                due_at[publish.event_ids[0]] = next_at
+                self._sockets[publish.device].sendall(publish.packet)
+                sent += 1
+                continue
+            wait = next_at - now if sent < len(packets) else SILENCE_SECONDS_MAX
+            for device in self._readable(wait, or_raise=sent == len(packets)):
+                self._hear(device)
+                now = time.perf_counter()
+                whole = b"".join(self._chunks[device])
+                found = list(_ACK.finditer(whole))
+                latencies += [now - due_at.pop(match[1]) for match in found if match[1] in due_at]
+                # What is behind the last ACK may be the beginning of the next.
+                self._chunks[device] = [whole[found[-1].end() :]] if found else [whole]
+            progress(len(latencies))
+        return latencies
+
+    def publish_all(self, packets: Sequence[Publish]) -> None:
+        """Publish all and wait until the broker has each; nobody may be there to answer."""
+        self._begin()
+        for device, queue in enumerate(self._queues(packets)):
+            pubacks = len(queue) * 4
+            for start in range(0, len(queue), 500):
+                self._sockets[device].sendall(b"".join(queue[start : start + 500]))
+            received = 0
+            while received < pubacks:
+                received += len(self._receive(device))
+
+    def hear_all(self, packets: Sequence[Publish], progress: Callable[[int], None]) -> float:
+        """Hear an ACK for each; return the seconds from the first to the last."""
+        self._begin()
+        expected = sum(len(publish.event_ids) for publish in packets)
+        total = 0
+        began_at = 0.0
+        while total < expected:
+            for device in self._readable():
+                total += self._hear(device)
+            began_at = began_at or time.perf_counter()
+            progress(total)
+        seconds = time.perf_counter() - began_at
+        self._check(packets)
+        return seconds
+
+    def _begin(self) -> None:
+        self._chunks = [[] for _ in range(DEVICES)]
+        self._tails = [b""] * DEVICES
+
+    def _queues(self, packets: Sequence[Publish]) -> list[list[bytes]]:
+        queues: list[list[bytes]] = [[] for _ in range(DEVICES)]
+        for publish in reversed(packets):  # so that the next one is the last
+            queues[publish.device].append(publish.packet)
+        return queues
+
+    def _send(self, device: int, queue: list[bytes], count: int) -> None:
+        if packets := queue[: -count - 1 : -1] if count else []:
+            del queue[-count:]
+            self._sockets[device].sendall(b"".join(packets))
+
+    def _readable(
+        self, wait_seconds: float = SILENCE_SECONDS_MAX, *, or_raise: bool = True
+    ) -> Iterator[int]:
+        ready = self._poll.poll(wait_seconds)
+        if not ready and or_raise:
+            raise FleetError(f"no ACK for {SILENCE_SECONDS_MAX:.0f} s, and some are outstanding")
+        return (self._devices[fileno] for fileno, _ in ready)
+
+    def _hear(self, device: int) -> int:
+        """Take in what has come; return how many ACKs it completes."""
+        chunk = self._receive(device)
+        self._chunks[device].append(chunk)
+        text = self._tails[device] + chunk
+        self._tails[device] = text[1 - len(STORED) :]
+        return text.count(STORED)
+
+    def _receive(self, device: int) -> bytes:
+        chunk = self._sockets[device].recv(262_144)
+        if not chunk:
+            raise FleetError(f"the broker has ended the connection of {_name(device)}")
+        return chunk
+
+    def _check(self, packets: Sequence[Publish]) -> None:
+        """Raise if the ids heard are not those sent."""
+        heard = {key for chunks in self._chunks for key in _ACK.findall(b"".join(chunks))}
+        if missing := {key for publish in packets for key in publish.event_ids} - heard:
+            raise FleetError(f"no ACK for {len(missing)} events, such as {min(missing)!r}")
+
+
+def _connect(port: int, name: str) -> socket.socket:
+    """Connect a device and subscribe to its ACKs, with QoS 0."""
+    sock = socket.create_connection(("127.0.0.1", port), timeout=SILENCE_SECONDS_MAX)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    client_id = f"benchmark-{name}".encode()
+    # MQTT 3.1.1, section 3.1: clean session, no keepalive.
+    body = _string(b"MQTT") + b"\x04\x02\x00\x00" + _string(client_id)
+    sock.sendall(b"\x10" + _length(len(body)) + body)
+    _expect(sock, b"\x20\x02\x00\x00")
+    body = b"\x00\x01" + _string(f"qs/v1/{name}/acks".encode()) + b"\x00"
+    sock.sendall(b"\x82" + _length(len(body)) + body)
+    _expect(sock, b"\x90\x03\x00\x01\x00")
+    return sock
+
+
+def _expect(sock: socket.socket, wanted: bytes) -> None:
+    if (got := sock.recv(len(wanted), socket.MSG_WAITALL)) != wanted:
+        raise FleetError(f"the broker answers {got.hex()} instead of {wanted.hex()}")
+
+
+def _string(text: bytes) -> bytes:
+    return len(text).to_bytes(2, "big") + text
+
+
+def _length(number: int) -> bytes:
+    """MQTT 3.1.1, section 2.2.3: seven bits a byte, lowest first."""
+    encoded = bytearray()
+    while True:
+        number, low = divmod(number, 128)
+        encoded.append(low | (0x80 if number else 0))
+        if not number:
+            return bytes(encoded)

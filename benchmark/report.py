@@ -1,0 +1,106 @@
+"""The results as tables.
+
+What it does: turns what benchmark/run.py measured into Markdown, medians over the rounds. What
+it does not: measure, or judge; where a goal was missed the figures say so.
+
+Invariant: each figure comes from the results given, which are kept beside it as JSON.
+"""
+
+import statistics
+from collections.abc import Sequence
+from functools import reduce
+from operator import getitem
+from typing import Any
+
+Results = dict[str, list[Any]]
+
+
+def median(results: Results, name: str, *, path: Sequence[str]) -> float:
+    """Return the median over the rounds of what stands at the path."""
+    return float(statistics.median(reduce(getitem, path, each) for each in results[name]))
+
+
+def comparison(systems: Results) -> str:
+    """Return the table that has a column for each system."""
+    columns = [_figures(systems, name) for name in systems]
+    rows = [[label, *(column[label] for column in columns)] for label in columns[0]]
+    return _table(["", *systems], rows)
+
+
+def _figures(systems: Results, name: str) -> dict[str, str]:
+    def figure(*path: str) -> float:
+        return median(systems, name, path=path)
+
+    rows = {}
+    for what in ("singles", "arrays"):
+        rows[f"{what}: events/s stored and ACKed"] = f"{figure(what, 'events_per_second'):,.0f}"
+        cpu = [figure(what, "cpu_microseconds", part) for part in ("system", "broker", "database")]
+        rows[f"{what}: CPU us per event, system / broker / database"] = " / ".join(
+            f"{value:.1f}" for value in cpu
+        )
+    for per_second in systems[name][0]["latency"]:
+        at = [figure("latency", per_second, key) for key in ("p50_ms", "p99_ms", "max_ms")]
+        rows[f"ACK at {int(per_second):,}/s: p50 / p99 / max, ms"] = " / ".join(
+            f"{value:.1f}" for value in at
+        )
+    rows["memory at most, MB"] = f"{figure('memory_mb'):.0f}"
+    return rows
+
+
+def render(results: dict[str, Any]) -> str:
+    """Return everything as Markdown."""
+    systems, rows = results["systems"], results["rows"]
+    queries = rows["queries_ms"]
+    at_rows = {
+        f"{int(count):,} rows": measured for count, measured in rows.items() if count.isdecimal()
+    }
+    drain = {"drain": results["drain"]}
+    parts = [
+        f"# Benchmark of {results['date']}",
+        "Medians of the rounds. What the figures mean, and what they do not: ../README.md.",
+        "## The machine",
+        _table(["", ""], list(results["machine"].items())),
+        "## Side by side",
+        comparison(systems),
+        _ratios(systems),
+        "## Rows in the table before",
+        comparison(at_rows),
+        "## Other settings",
+        comparison(results["settings"]),
+        "## A backlog of 100,000 events",
+        _table(
+            ["", ""],
+            [
+                [label, f"{median(drain, 'drain', path=[key]):,.{digits}f}"]
+                for label, key, digits in (
+                    ("events/s, from the first ACK to the last", "events_per_second", 0),
+                    ("seconds, the ingester's start included", "seconds_from_start", 1),
+                    ("memory of the ingester at most, MB", "memory_mb", 0),
+                )
+            ],
+        ),
+        "## The README's queries, with the most rows",
+        _table(["query", "ms"], [[f"`{sql}`", f"{ms:.0f}"] for sql, ms in queries.items()]),
+        "## Where the ingester's time goes",
+    ]
+    for what, shares in results["profile"].items():
+        for kind in ("stages", "functions"):
+            share = [[f"`{name}`", f"{percent:.1f}"] for name, percent in shares[kind].items()]
+            parts.append(_table([f"{what}: {kind}", "%"], share))
+    return "\n\n".join(parts) + "\n"
+
+
+def _ratios(systems: Results) -> str:
+    path = ("singles", "events_per_second")
+    ours = median(systems, "ingester", path=path)
+    ratios = [
+        f"{ours / median(systems, name, path=path):.1f} times the rate of {name}"
+        for name in systems
+        if name != "ingester"
+    ]
+    return f"Single events: {', '.join(ratios)}."
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---", *["--:"] * (len(head) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

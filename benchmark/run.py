@@ -1,0 +1,306 @@
+"""The benchmark: the ingester beside the plain script and Node-RED, on one machine in one run.
+
+    .venv/bin/python -m benchmark.run              everything, about half an hour
+    .venv/bin/python -m benchmark.run --short      a minute: what CI runs
+
+What it does: runs each system on a fresh stack (tools/stack.py), in turn and several times,
+measures, and checks in each measurement that every event sent is ACKed and a row. What it
+does not: tune anything. synchronous_commit is on, and the configuration is the project's own.
+
+Invariant: a figure is printed only if nothing was lost or doubled while it was measured.
+benchmark/README.md says what the figures mean, and what they do not.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmark import node_red, profile, queries, report
+from benchmark.fleet import Fleet, publishes
+from benchmark.machine import CpuClock, describe, memory_peak_mb
+from tools.stack import Ingester, Process, Stack, StackError
+
+RESULTS = Path(__file__).resolve().parent / "results"
+SINGLES_OUTSTANDING = 900
+ARRAY_EVENTS = 50
+# Arrays outstanding: more than one batch holds (ingest.EVENTS_MAX), as 900 singles are.
+ARRAYS_OUTSTANDING = 200
+BACKLOG_EVENTS = 100_000
+ROWS_BEFORE = (0, 1_000_000, 10_000_000)
+# Lines for the broker's configuration, and variables for the ingester.
+SETTINGS: dict[str, tuple[str, dict[str, str]]] = {
+    "as shipped": ("", {}),
+    "window 20": ("max_inflight_messages 20", {}),
+    "window 200": ("max_inflight_messages 200", {}),
+    "window 5000": ("max_inflight_messages 5000", {}),
+    "BATCH_MAX 50": ("", {"BATCH_MAX": "50"}),
+    "BATCH_MAX 200": ("", {"BATCH_MAX": "200"}),
+    "BATCH_MAX 1000": ("", {"BATCH_MAX": "1000"}),
+    "nodelay off": ("set_tcp_nodelay false", {}),
+}
+# What CI asks for: a slow or busy machine slows both.
+SHORT_RATIO_MIN = 3.0
+
+
+class Size(NamedTuple):
+    """How much is measured. Seconds of latency are those at each rate."""
+
+    rounds: int
+    singles: dict[str, int]
+    arrays: dict[str, int]
+    latency_seconds: dict[int, float]  # by events per second
+
+
+FULL = Size(
+    rounds=3,
+    singles={"ingester": 90_000, "plain": 12_000, "node-red": 30_000},
+    arrays={"ingester": 6_000, "plain": 300, "node-red": 1_200},
+    latency_seconds={1: 20, 200: 15, 1_000: 15},
+)
+SHORT = Size(
+    rounds=1,
+    singles={"ingester": 15_000, "plain": 3_000},
+    arrays={"ingester": 600, "plain": 60},
+    latency_seconds={200: 3},
+)
+
+
+class BenchmarkError(Exception):
+    """What was measured does not count: events are missing, or there are too many."""
+
+
+def ingester(stack: Stack) -> Process:
+    """Return the ingester, ready."""
+    stack.ingester.start()
+    stack.ingester.wait_ready()
+    return stack.ingester
+
+
+def plain(stack: Stack) -> Process:
+    """Return the plain script, ready."""
+    log_file, arguments = stack.folder / "plain.log", ("-m", "benchmark.plain")
+    process = Ingester(stack.environment, log_file, arguments=arguments)
+    process.start()
+    process.wait_for_log("ready")
+    return process
+
+
+def red(stack: Stack) -> Process:
+    """Return Node-RED with its flow, ready."""
+    process = node_red.NodeRed(stack.environment, stack.folder / "node-red")
+    process.start()
+    process.wait_ready()
+    return process
+
+
+class Bench:
+    """A running system with its devices, and the measurements on it."""
+
+    def __init__(self, name: str, stack: Stack, process: Process, fleet: Fleet) -> None:
+        self._name = name
+        self._stack = stack
+        self._process = process
+        self._fleet = fleet
+        self._rows = self._count_rows()
+        self._run = 0
+
+    def closed_loop(self, what: str, count: int, events_each: int, outstanding: int) -> Any:
+        """Measure the rate of events that are stored and ACKed, and what each costs."""
+        packets = publishes(self._next_run(), count, events_each)
+        events = count * events_each
+        clock = CpuClock(
+            system=self._process, broker=self._stack.mosquitto, database=self._stack.postgres
+        )
+        with progress(f"{self._name}: {what}", events) as show:
+            seconds = self._fleet.closed_loop(packets, outstanding, show)
+        cpu = clock.microseconds_each(events)
+        self._expect_rows(events)
+        return {"events_per_second": events / seconds, "cpu_microseconds": cpu}
+
+    def latency(self, per_second: int, seconds: float) -> dict[str, float]:
+        """Measure the time from when an event is due to its ACK."""
+        packets = publishes(self._next_run(), round(per_second * seconds))
+        with progress(f"{self._name}: latency at {per_second:,}/s", len(packets)) as show:
+            latencies = sorted(self._fleet.open_loop(packets, per_second, show))
+        self._expect_rows(len(packets))
+        return {
+            "p50_ms": _percentile(latencies, 50) * 1e3,
+            "p99_ms": _percentile(latencies, 99) * 1e3,
+            "max_ms": latencies[-1] * 1e3,
+        }
+
+    def all(self, size: Size) -> dict[str, Any]:
+        """Measure everything, the cold start left out."""
+        self.closed_loop("warming up", 5_000, 1, SINGLES_OUTSTANDING)
+        name = self._name.split()[0]
+        singles = self.closed_loop("singles", size.singles[name], 1, SINGLES_OUTSTANDING)
+        arrays = self.closed_loop("arrays", size.arrays[name], ARRAY_EVENTS, ARRAYS_OUTSTANDING)
+        latency = {
+            str(per_second): self.latency(per_second, seconds)
+            for per_second, seconds in size.latency_seconds.items()
+        }
+        memory = memory_peak_mb(self._process)
+        return {"singles": singles, "arrays": arrays, "latency": latency, "memory_mb": memory}
+
+    def _next_run(self) -> str:
+        self._run += 1
+        return f"{self._process.pid}-{self._run}"
+
+    def _count_rows(self) -> int:
+        return int(self._stack.postgres.psql("SELECT count(*) FROM events"))
+
+    def _expect_rows(self, events: int) -> None:
+        before, self._rows = self._rows, self._count_rows()
+        if self._rows - before != events:
+            raise BenchmarkError(
+                f"{self._name}: {events} events were ACKed, {self._rows - before} are rows"
+            )
+
+
+def _percentile(ordered: list[float], percent: int) -> float:
+    """The smallest of the values that is not less than so many percent of them."""
+    return ordered[max(0, -(-len(ordered) * percent // 100) - 1)]
+
+
+@contextmanager
+def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Show on stderr how far it is: a terminal sees it move, a file gets one line."""
+    began_at = shown_at = time.monotonic()
+    moves = sys.stderr.isatty()
+
+    def show(done: int) -> None:
+        nonlocal shown_at
+        if moves and time.monotonic() - shown_at > 0.2:
+            shown_at = time.monotonic()
+            print(f"\r{what}: {done:,} of {total:,} ", end="", file=sys.stderr, flush=True)
+
+    yield show
+    seconds = time.monotonic() - began_at
+    begin = "\r" if moves else ""
+    print(f"{begin}{what}: {total:,} in {seconds:.1f} s", file=sys.stderr, flush=True)
+
+
+def compare(systems: dict[str, Callable[[Stack], Process]], size: Size) -> dict[str, list[Any]]:
+    """Measure each system so many times, in turn, each time on a fresh stack."""
+    results: dict[str, list[Any]] = {name: [] for name in systems}
+    for number in range(1, size.rounds + 1):
+        for name, start in systems.items():
+            with Stack(with_ingester=False) as stack:
+                process = start(stack)
+                try:
+                    with Fleet(stack.ports.mqtt) as fleet:
+                        label = f"{name} {number}/{size.rounds}"
+                        results[name].append(Bench(label, stack, process, fleet).all(size))
+                finally:
+                    process.stop()
+    return results
+
+
+def drain(rounds: int) -> list[Any]:
+    """Measure how fast what was queued while the ingester was away is stored and ACKed."""
+    results = []
+    for number in range(1, rounds + 1):
+        with Stack() as stack, Fleet(stack.ports.mqtt) as fleet:
+            stack.ingester.stop()
+            packets = publishes("backlog", BACKLOG_EVENTS)
+            fleet.publish_all(packets)
+            began_at = time.perf_counter()
+            stack.ingester.start()
+            what = f"ingester {number}/{rounds}: draining a backlog"
+            with progress(what, BACKLOG_EVENTS) as show:
+                seconds = fleet.hear_all(packets, show)
+            if (rows := stack.postgres.psql("SELECT count(*) FROM events")) != str(BACKLOG_EVENTS):
+                raise BenchmarkError(f"{BACKLOG_EVENTS} events were ACKed, {rows} are rows")
+            results.append(
+                {
+                    "events_per_second": BACKLOG_EVENTS / seconds,
+                    "seconds_from_start": time.perf_counter() - began_at,
+                    "memory_mb": memory_peak_mb(stack.ingester),
+                }
+            )
+    return results
+
+
+def with_rows(size: Size) -> dict[str, Any]:
+    """Measure the ingester with so many rows in the table already, and the README's queries."""
+    results: dict[str, Any] = {}
+    with Stack() as stack, Fleet(stack.ports.mqtt) as fleet:
+        for rows in ROWS_BEFORE:
+            with progress("bulk load", rows):
+                queries.load_up_to(stack.postgres, rows)
+            bench = Bench(f"ingester with {rows:,} rows", stack, stack.ingester, fleet)
+            results[str(rows)] = [bench.all(size) for _ in range(size.rounds)]
+        results["queries_ms"] = queries.measure(stack.postgres, size.rounds)
+    return results
+
+
+def other_settings(rounds: int) -> dict[str, list[Any]]:
+    """Measure the ingester with other values of what was chosen by measurement."""
+    size = Size(1, {"ingester": 30_000}, {"ingester": 1_000}, {200: 5})
+    results: dict[str, list[Any]] = {label: [] for label in SETTINGS}
+    for number in range(1, rounds + 1):
+        for label, (config, environment) in SETTINGS.items():
+            with (
+                Stack(mosquitto_config=config, environment=environment) as stack,
+                Fleet(stack.ports.mqtt) as fleet,
+            ):
+                name = f"ingester {number}/{rounds}, {label}"
+                results[label].append(Bench(name, stack, stack.ingester, fleet).all(size))
+    return results
+
+
+def main() -> int:
+    """Run the benchmark; return the exit code."""
+    parser = argparse.ArgumentParser(prog="benchmark.run", description=__doc__.splitlines()[0])
+    parser.add_argument("--short", action="store_true", help="what CI runs; keeps no results")
+    parser.add_argument("--name", help="of the files in benchmark/results (default: the date)")
+    arguments = parser.parse_args()
+    systems: dict[str, Callable[[Stack], Process]] = {"ingester": ingester, "plain": plain}
+    try:
+        if arguments.short:
+            return short(systems)
+        if node_red.available():
+            node_red.install()
+            systems["node-red"] = red
+        results: dict[str, Any] = {
+            "date": time.strftime("%Y-%m-%d", time.gmtime()),
+            "machine": describe(),
+            "systems": compare(systems, FULL),
+            "drain": drain(FULL.rounds),
+            "settings": other_settings(FULL.rounds),
+            "rows": with_rows(FULL),
+            "profile": {
+                "singles": profile.measure(90_000, 1, SINGLES_OUTSTANDING),
+                "arrays": profile.measure(6_000, ARRAY_EVENTS, ARRAYS_OUTSTANDING),
+            },
+        }
+    except (StackError, BenchmarkError) as error:
+        print(f"benchmark: {error}", file=sys.stderr)
+        return 1
+    name = arguments.name or results["date"]
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
+    text = report.render(results)
+    (RESULTS / f"{name}.md").write_text(text)
+    print(text)
+    return 0
+
+
+def short(systems: dict[str, Callable[[Stack], Process]]) -> int:
+    """Compare briefly; fail only if not all was stored, or the ratio is far off."""
+    results = compare(systems, SHORT)
+    print(report.comparison(results))
+    rate = partial(report.median, results, path=("singles", "events_per_second"))
+    ratio = rate("ingester") / rate("plain")
+    print(f"ingester to plain: {ratio:.1f} (at least {SHORT_RATIO_MIN:.0f} is asked for)")
+    return 0 if ratio >= SHORT_RATIO_MIN else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
