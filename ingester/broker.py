@@ -9,12 +9,14 @@ restart: PUBACKing an id kept from an earlier connection deletes other messages 
 """
 
 import logging
+import os
 import select
 import socket
+import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import UTC, datetime
 from typing import Any, Literal, NamedTuple
 
@@ -46,8 +48,9 @@ CLOSE_SECONDS_MAX = 1.0
 # Bytes of payloads that one batch holds, but always at least one message.
 BATCH_BYTES_MAX = 1_048_576
 # What is held unsettled at most. The broker's window (mosquitto.conf) is smaller, but 2.0.11
-# lets each PUBACK open a whole one: it then sends all that it has queued.
-IN_HAND_MESSAGES_MAX = 10_000
+# lets each PUBACK open a whole one: it then sends all that it has queued. 25 MB with small
+# events; with a fifth of it, a long backlog is sent and read five times over.
+IN_HAND_MESSAGES_MAX = 50_000
 IN_HAND_BYTES_MAX = 16_777_216
 # Replies that the broker has not PUBACKed. Each costs 1.2 kB, and there are 65,535 packet ids.
 REPLIES_OUTSTANDING_MAX = 5_000
@@ -234,7 +237,7 @@ class Broker:
         Return the sockets to look at for more, none if there is none or no room.
         """
         messages_max = 2 * self._settings.batch_max
-        while len(self._in_hand) < messages_max:
+        while len(self._in_hand) < messages_max and not self._overflowed:
             if not self._has_input():
                 return [sock] if (sock := self._client.socket()) else []
             self._loop(0)
@@ -274,7 +277,7 @@ class Broker:
         self._in_hand_bytes -= sum(len(message.payload) for message in batch)
         if self._overflowed and not self._in_hand:
             log.info("MQTT: reconnecting, so that the broker sends again what was too much to hold")
-            self._client.disconnect()
+            self._disconnect()
 
     def _forget_confirmed(self) -> None:
         while self._unconfirmed and self._unconfirmed[0][0].is_published():
@@ -288,12 +291,27 @@ class Broker:
         """Publish the last status, write what is left, and disconnect; the session stays."""
         if not self._client.is_connected():
             return
-        until = time.monotonic() + CLOSE_SECONDS_MAX
         self._closing = True
         self.publish_status(last_status)
+        self._disconnect()
+
+    def _disconnect(self) -> None:
+        """Disconnect when the broker has taken all that we have written.
+
+        A connection that is closed with input unread is reset, and what the broker has not read
+        by then is lost: PUBACKs, and with them their messages would come again.
+        """
+        if (sock := self._client.socket()) is None:
+            return
+        until = time.monotonic() + CLOSE_SECONDS_MAX
+        line = socket.socket(fileno=os.dup(sock.fileno()))
         self._client.disconnect()
         while self._client.want_write() and time.monotonic() < until:
             self._client.loop(0.1)
+        with line, suppress(OSError):
+            line.settimeout(CLOSE_SECONDS_MAX)
+            while time.monotonic() < until and line.recv(READ_AHEAD_BYTES):
+                pass
 
     def _has_input(self) -> bool:
         sock = self._client.socket()
@@ -362,7 +380,8 @@ class Broker:
         self._outage.over()
 
     def _on_message(self, _client: Any, _user: Any, message: paho.MQTTMessage) -> None:
-        if message.topic == DROPPED_TOPIC:
+        topic = sys.intern(message.topic)  # each device's once, not once a message
+        if topic == DROPPED_TOPIC:
             self._note_dropped(message.payload)
             return
         if len(self._in_hand) >= IN_HAND_MESSAGES_MAX or self._in_hand_bytes >= IN_HAND_BYTES_MAX:
@@ -373,7 +392,7 @@ class Broker:
         self._in_hand_bytes += len(message.payload)
         self._in_hand.append(
             Message(
-                message.topic,
+                topic,
                 bytes(message.payload),
                 datetime.now(UTC),
                 message.mid,
