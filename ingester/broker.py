@@ -12,6 +12,7 @@ import logging
 import os
 import select
 import socket
+import ssl
 import sys
 import time
 from collections import deque
@@ -30,6 +31,7 @@ from paho.mqtt.reasoncodes import ReasonCode
 from ingester.outage import REMINDER_SECONDS, Outage
 from ingester.reply import Reply
 from ingester.settings import Settings
+from ingester.tls import explain
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +44,10 @@ CONNECT_SECONDS_MAX = 3.0
 # each time: somebody else takes the session over.
 SHORT_LIVED_SECONDS = 10.0
 SHORT_LIVED_MAX = 3
+UNANSWERED = (
+    "{where} ends the connection without an answer: it may want TLS (MQTT_TLS), or a client"
+    " certificate (MQTT_CERT_FILE), or not take ours"
+)
 DROPPED_TOPIC = "$SYS/broker/publish/messages/dropped"
 # What is still to be written at the end may take this long.
 CLOSE_SECONDS_MAX = 1.0
@@ -184,6 +190,10 @@ class Broker:
             reconnect_on_failure=False,
         )
         self._client.connect_timeout = CONNECT_SECONDS_MAX
+        if settings.mqtt_tls is not None:
+            self._client.tls_set_context(settings.mqtt_tls)
+            # paho allows it twice: for the TCP connection, and for the handshake.
+            self._client.connect_timeout = CONNECT_SECONDS_MAX / 2
         # Past its default limit of 20, publishes would queue in paho while PUBACKs do not,
         # and a PUBACK would overtake its ACK.
         self._client.max_inflight_messages_set(0)
@@ -317,7 +327,10 @@ class Broker:
         sock = self._client.socket()
         if sock is None:
             return False
-        return self._client.has_read_ahead or bool(select.select([sock], [], [], 0)[0])
+        # What was read ahead, or TLS has decrypted already, select() does not see.
+        if self._client.has_read_ahead or (isinstance(sock, ssl.SSLSocket) and sock.pending()):
+            return True
+        return bool(select.select([sock], [], [], 0)[0])
 
     def _loop(self, seconds_max: float) -> None:
         """Let paho read and write once; (re)connect if there is no connection."""
@@ -337,13 +350,13 @@ class Broker:
 
     def _connect(self) -> bool:
         self._connecting_until = time.monotonic() + CONNECT_SECONDS_MAX
-        self._error = None
         host, port = self._settings.mqtt_host, self._settings.mqtt_port
+        self._error = UNANSWERED.format(where=f"{host}:{port}")  # until there is a CONNACK
         try:
             self._client.connect(host, port, KEEPALIVE_SECONDS)
         except OSError as error:
             self._short_lived = 0
-            self._outage.failed(f"cannot connect to {host}:{port}: {error}")
+            self._outage.failed(explain(error, host, port))
             return False
         return True
 
@@ -362,6 +375,7 @@ class Broker:
         if reason_code.is_failure:
             self._error = f"the broker refuses the connection: {reason_code}"
             return
+        self._error = None
         self.connection += 1
         self._connected_at = time.monotonic()
         events = self._settings.topics.events

@@ -1,15 +1,19 @@
 """The settings, from environment variables.
 
-What it does: reads and checks every variable once, and names every bad one at once. What
-it does not: read files, or look at the environment after the start.
+What it does: reads and checks every variable once, with the files that they name, and names
+every bad one at once. What it does not: look at any of it after the start.
 
 Invariant: a Settings that exists is complete and valid, so nothing behind it checks again.
 """
 
+import os
+import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from zoneinfo import ZoneInfo
 
+from ingester.secret import is_open_to_others, read_password
+from ingester.tls import make_context
 from ingester.topic import TOPIC_BYTES_MAX, Topics, topic_problems
 
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
@@ -29,12 +33,14 @@ class Settings:
     """Everything that can be configured; .env documents each variable.
 
     `database` holds what libpq is told; what its own variables (PGHOST, ...) say is not in
-    it, because libpq reads those itself. `heartbeat_file` is None where nobody looks at it.
+    it, because libpq reads those itself. `mqtt_tls` is None for none. `heartbeat_file` is
+    None where nobody looks at it.
     """
 
     database: Mapping[str, str | int] = field(repr=False)
     mqtt_host: str
     mqtt_port: int
+    mqtt_tls: ssl.SSLContext | None
     mqtt_username: str | None
     mqtt_password: str | None = field(repr=False)
     mqtt_client_id: str
@@ -64,14 +70,13 @@ class Settings:
             problems.append("MQTT_HOST: missing; set it to the broker's host name")
         elif not _is_host(env["MQTT_HOST"]):
             problems.append(f"MQTT_HOST: expected a host name, got {env['MQTT_HOST']!r}")
-        if env.get("MQTT_PASSWORD") and not env.get("MQTT_USERNAME"):
-            problems.append("MQTT_USERNAME: missing, and MQTT_PASSWORD needs it")
         settings = cls(
             database=_database(env, problems),
             mqtt_host=env.get("MQTT_HOST", ""),
             mqtt_port=_integer(env, "MQTT_PORT", 1883, 65_535, problems),
+            mqtt_tls=make_context(env, problems),
             mqtt_username=env.get("MQTT_USERNAME") or None,
-            mqtt_password=env.get("MQTT_PASSWORD") or None,
+            mqtt_password=_mqtt_password(env, problems),
             mqtt_client_id=env.get("MQTT_CLIENT_ID") or "homelab-ingester",
             topics=topics,
             device_default_tz=_time_zone(env, "DEVICE_DEFAULT_TZ", problems),
@@ -93,6 +98,17 @@ class Settings:
         return settings
 
 
+def _mqtt_password(env: Mapping[str, str], problems: list[str]) -> str | None:
+    password, file = env.get("MQTT_PASSWORD"), env.get("MQTT_PASSWORD_FILE")
+    if (password or file) and not env.get("MQTT_USERNAME"):
+        problems.append("MQTT_USERNAME: missing, and the password needs it")
+    if password and file:
+        problems.append("MQTT_PASSWORD_FILE: set, and MQTT_PASSWORD as well; empty one of them")
+    elif file:
+        return read_password("MQTT_PASSWORD_FILE", file, problems)
+    return password or None
+
+
 def _database(env: Mapping[str, str], problems: list[str]) -> dict[str, str | int]:
     """Return what libpq's own variables leave open, from the POSTGRES_ ones."""
     database: dict[str, str | int] = {}
@@ -100,6 +116,12 @@ def _database(env: Mapping[str, str], problems: list[str]) -> dict[str, str | in
         _integer(env, "PGPORT", 0, 65_535, problems)
     if env.get("PGSSLMODE") and env["PGSSLMODE"] not in SSL_MODES:
         problems.append(f"PGSSLMODE: expected one of {', '.join(SSL_MODES)}")
+    password = env.get("POSTGRES_PASSWORD")
+    if file := env.get("POSTGRES_PASSWORD_FILE"):
+        password = read_password("POSTGRES_PASSWORD_FILE", file, problems)
+    passfile = env.get("PGPASSFILE", "")
+    if os.path.exists(passfile) and is_open_to_others(passfile):
+        problems.append(f"PGPASSFILE: libpq ignores {passfile!r}; chmod 600 {passfile}")
     if env.get("PGSERVICE"):
         return database  # the service file says it all, and would lose to these
     if not (env.get("PGHOST") or env.get("PGHOSTADDR")):
@@ -120,8 +142,8 @@ def _database(env: Mapping[str, str], problems: list[str]) -> dict[str, str | in
         else:
             problems.append(f"{ours}: missing; set it, or {own}")
     # No password at all is a valid choice: the server decides whether it wants one.
-    if env.get("POSTGRES_PASSWORD") and not (env.get("PGPASSWORD") or env.get("PGPASSFILE")):
-        database["password"] = env["POSTGRES_PASSWORD"]
+    if password and not (env.get("PGPASSWORD") or env.get("PGPASSFILE")):
+        database["password"] = password
     return database
 
 

@@ -307,4 +307,6 @@ def _summary(error: psycopg2.Error) -> str:
     # The first line: in those behind it, libpq guesses.
     text = (error.diag.message_primary or str(error)).strip() or type(error).__name__
     sqlstate = f" (SQLSTATE {error.pgcode})" if error.pgcode else ""
+    if text.endswith("certificate verify failed"):  # libpq does not say why
+        text += ": it has expired, or is not signed by the CA in PGSSLROOTCERT"
     return text.splitlines()[0][:300] + sqlstate

@@ -1,9 +1,17 @@
 """The settings: .env, the defaults in the code and docker-compose.yml say the same.
 
-What it does: builds Settings from plain mappings. What it does not: change the environment,
-start the ingester (exit code 2 is tested in test_ingester.py), or connect with libpq.
+What it does: builds Settings from plain mappings, and from files that they name. What it does
+not: change the environment, start the ingester (exit code 2 is tested in test_ingester.py),
+or connect (test_tls.py).
 """
 
+import os
+import shutil
+import ssl
+import subprocess
+import sys
+from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from zoneinfo import ZoneInfo
@@ -15,6 +23,8 @@ from hypothesis import strategies as st
 
 from ingester.settings import Settings, SettingsError
 from ingester.topic import Topics
+from tests.certificates import Authority, Certificate, openssl
+from tools.stack import clean_environment
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 DOTENV = {name: value or "" for name, value in dotenv_values(CHECKOUT / ".env").items()}
@@ -48,12 +58,18 @@ def test_the_file_has_the_documented_variables_and_values() -> None:
         "POSTGRES_DB": "qs",
         "POSTGRES_USER": "qs",
         "POSTGRES_PASSWORD": "qs_password",
+        "POSTGRES_PASSWORD_FILE": "",
         "POSTGRES_HOST": "postgres",
         "POSTGRES_PORT": "5432",
         "MQTT_HOST": "mosquitto",
         "MQTT_PORT": "1883",
         "MQTT_USERNAME": "",
         "MQTT_PASSWORD": "",
+        "MQTT_PASSWORD_FILE": "",
+        "MQTT_TLS": "false",
+        "MQTT_CA_FILE": "",
+        "MQTT_CERT_FILE": "",
+        "MQTT_KEY_FILE": "",
         "MQTT_CLIENT_ID": "homelab-ingester",
         "MQTT_EVENTS_TOPIC": "qs/v1/+/events",
         "ACK_TEMPLATE": "qs/v1/{device_id}/acks",
@@ -76,6 +92,7 @@ def test_the_files_values_make_these_settings() -> None:
         },
         mqtt_host="mosquitto",
         mqtt_port=1883,
+        mqtt_tls=None,
         mqtt_username=None,
         mqtt_password=None,
         mqtt_client_id="homelab-ingester",
@@ -256,6 +273,12 @@ BAD = {
     "MQTT_EVENTS_TOPIC": "qs/#",
     "ACK_TEMPLATE": "qs/acks",
     "MQTT_DEADLETTER_TOPIC": "+",
+    "MQTT_TLS": "yes",
+    "MQTT_CA_FILE": "/nowhere/ca.crt",
+    "MQTT_CERT_FILE": "/nowhere/crt",
+    "MQTT_KEY_FILE": "/nowhere/key",
+    "MQTT_PASSWORD_FILE": "/nowhere/mqtt",
+    "POSTGRES_PASSWORD_FILE": "/nowhere/postgres",
 }
 NAMED = set(BAD) - {"MQTT_PASSWORD", "PGPORT", "POSTGRES_PASSWORD"}
 
@@ -266,7 +289,11 @@ def test_every_bad_variable_is_named_in_one_message() -> None:
     assert len(names) == len(NAMED)
 
 
-@pytest.mark.parametrize("name", sorted(NAMED - {"MQTT_USERNAME"}))
+# Alone, each of these lacks another variable.
+ALONE = NAMED - {"MQTT_USERNAME", "MQTT_PASSWORD_FILE", "MQTT_CERT_FILE", "MQTT_KEY_FILE"}
+
+
+@pytest.mark.parametrize("name", sorted(ALONE))
 def test_a_single_bad_variable_is_the_only_one_named(name: str) -> None:
     (problem,) = problems_of(DOTENV | {name: BAD[name]})
     assert problem.startswith(f"{name}: ")
@@ -374,6 +401,7 @@ def test_a_time_zone_that_is_none_is_named(key: str) -> None:
         *("MQTT_PORT", "LOG_LEVEL", "DEVICE_DEFAULT_TZ", "BATCH_MAX", "POSTGRES_PORT"),
         *("MQTT_CLIENT_ID", "MQTT_USERNAME", "MQTT_PASSWORD"),
         *("POSTGRES_HOST", "POSTGRES_DB", "POSTGRES_USER", "POSTGRES_PASSWORD"),
+        *("MQTT_TLS", "MQTT_CA_FILE", "MQTT_PASSWORD_FILE", "POSTGRES_PASSWORD_FILE"),
     ],
 )
 def test_a_variable_that_is_not_utf8_is_named(name: str) -> None:
@@ -398,6 +426,353 @@ def test_no_password_stands_in_the_repr() -> None:
 def test_no_password_stands_in_an_error_message() -> None:
     text = "\n".join(problems_of(BAD | {"PGPASSWORD": "hunter2-libpq"}))
     assert "hunter2" not in text
+
+
+# --- passwords in files --------------------------------------------------------------
+
+PASSWORD_FILES = ["MQTT_PASSWORD_FILE", "POSTGRES_PASSWORD_FILE"]
+NAMED_USER = DOTENV | {"MQTT_USERNAME": "me"}
+
+
+def secret_file(folder: Path, content: bytes, mode: int = 0o600) -> Path:
+    file = folder / "secret"
+    file.touch(mode)
+    file.chmod(mode)
+    file.write_bytes(content)
+    return file
+
+
+def passwords_of(made: Settings) -> dict[str, object]:
+    return {
+        "MQTT_PASSWORD_FILE": made.mqtt_password,
+        "POSTGRES_PASSWORD_FILE": made.database["password"],
+    }
+
+
+@pytest.mark.parametrize("name", PASSWORD_FILES)
+@pytest.mark.parametrize(
+    ("content", "password"),
+    [
+        (b"hunter2\n", "hunter2"),
+        (b"hunter2", "hunter2"),
+        (b" hunter 2\t\n", " hunter 2\t"),
+        ("hünter\u2028😀\n".encode(), "hünter\u2028😀"),
+        (b"x" * 65_535 + b"\n", "x" * 65_535),
+    ],
+    ids=ascii,
+)
+def test_a_password_is_the_file_without_its_trailing_newline(
+    tmp_path: Path, name: str, content: bytes, password: str
+) -> None:
+    file = secret_file(tmp_path, content)
+    made = Settings.from_env(NAMED_USER | {name: str(file)})
+    assert passwords_of(made)[name] == password
+    assert password not in repr(made)
+
+
+BAD_CONTENTS = {
+    b"": "is empty",
+    b"\n": "is empty",
+    b" \n": "is empty",
+    b"hunter\xff\n": "is not UTF-8",
+    "hunter\n".encode("utf-16"): "is not UTF-8",
+    b"hunter\n\n": "must hold one line",
+    b"hunter\nhunter\n": "must hold one line",
+    b"hunter\r\n": "must hold one line",
+    b"hunter\0": "must hold one line",
+    b"\xef\xbb\xbfhunter\n": "must hold one line",
+    b"x" * 65_536: "must hold one line of at most 65535 bytes",
+}
+
+
+@pytest.mark.parametrize("name", PASSWORD_FILES)
+@pytest.mark.parametrize("content", BAD_CONTENTS, ids=lambda content: ascii(content[:20]))
+def test_a_password_file_that_holds_no_password_is_named(
+    tmp_path: Path, name: str, content: bytes
+) -> None:
+    file = secret_file(tmp_path, content)
+    (problem,) = problems_of(NAMED_USER | {name: str(file)})
+    assert problem.startswith(f"{name}: '{file}' {BAD_CONTENTS[content]}")
+    assert "hunter" not in problem
+    assert "xxx" not in problem
+
+
+@pytest.mark.parametrize("name", PASSWORD_FILES)
+@pytest.mark.parametrize("mode", [0o604, 0o640, 0o644, 0o660, 0o602, 0o777])
+def test_a_password_file_of_our_own_that_others_can_open_is_refused(
+    tmp_path: Path, name: str, mode: int
+) -> None:
+    file = secret_file(tmp_path, b"hunter2\n", mode)
+    (problem,) = problems_of(NAMED_USER | {name: str(file)})
+    assert problem == f"{name}: '{file}' can be read by others; chmod 600 {file}"
+    file.chmod(0o400)
+    Settings.from_env(NAMED_USER | {name: str(file)})
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
+@pytest.mark.parametrize("name", PASSWORD_FILES)
+def test_of_a_file_that_is_not_ours_others_decide_who_may_read_it(
+    tmp_path: Path, name: str
+) -> None:
+    file = secret_file(tmp_path, b"hunter2\n", 0o444)
+    os.chown(file, 10_001, 10_001)
+    assert passwords_of(Settings.from_env(NAMED_USER | {name: str(file)}))[name] == "hunter2"
+
+
+def test_what_docker_mounts_as_a_secret_has_dockers_mode(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = secret_file(tmp_path, b"hunter2\n", 0o444)
+    monkeypatch.setattr("ingester.secret.DOCKER_SECRETS", f"{tmp_path}/")
+    assert Settings.from_env(NAMED_USER | {"MQTT_PASSWORD_FILE": str(file)})
+
+
+@pytest.mark.parametrize("name", [*PASSWORD_FILES, "MQTT_CA_FILE"])
+def test_a_file_that_is_not_there_or_is_none_is_named(tmp_path: Path, name: str) -> None:
+    missing = tmp_path / "none"
+    (problem,) = problems_of(NAMED_USER | {name: str(missing)})
+    assert problem == (
+        f"{name}: '{missing}' cannot be read (No such file or directory); make it, or let the"
+        " ingester's user read it"
+    )
+    (problem,) = problems_of(NAMED_USER | {name: str(tmp_path)})
+    assert problem.startswith(f"{name}: '{tmp_path}' cannot be read (Is a directory)")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="root alone can become somebody else")
+def test_a_file_that_we_may_not_read_is_named() -> None:
+    # As nobody, whom /etc/shadow is closed to. Not in this process: root can read all.
+    code = (
+        "import os; from ingester.settings import Settings, SettingsError; os.setgroups([]);"
+        " os.setgid(65534); os.setuid(65534)\n"
+        "try: Settings.from_env({'POSTGRES_PASSWORD_FILE': '/etc/shadow'})\n"
+        "except SettingsError as error: print(error)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=CHECKOUT,
+        env=clean_environment(),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    expected = (
+        "POSTGRES_PASSWORD_FILE: '/etc/shadow' cannot be read (Permission denied); make it,"
+        " or let the ingester's user read it\n"
+    )
+    assert expected in done.stdout
+
+
+def test_a_password_of_mqtt_stands_in_one_place_and_has_a_user(tmp_path: Path) -> None:
+    env = {"MQTT_PASSWORD_FILE": str(secret_file(tmp_path, b"hunter2\n"))}
+    (problem,) = problems_of(DOTENV | env)
+    assert problem == "MQTT_USERNAME: missing, and the password needs it"
+    (problem,) = problems_of(NAMED_USER | env | {"MQTT_PASSWORD": "other"})
+    assert problem == "MQTT_PASSWORD_FILE: set, and MQTT_PASSWORD as well; empty one of them"
+
+
+def test_a_password_file_of_the_database_wins_over_ours_and_not_over_libpqs(
+    tmp_path: Path,
+) -> None:
+    env = OURS | {"POSTGRES_PASSWORD_FILE": str(secret_file(tmp_path, b"hunter2\n"))}
+    assert Settings.from_env(env).database["password"] == "hunter2"
+    for theirs in ("PGPASSWORD", "PGPASSFILE"):
+        assert "password" not in Settings.from_env(env | {theirs: "x"}).database
+
+
+def test_a_pgpassfile_that_libpq_would_ignore_is_refused(tmp_path: Path) -> None:
+    file = secret_file(tmp_path, b"*:*:*:*:hunter2\n", 0o640)
+    (problem,) = problems_of(OURS | {"PGPASSFILE": str(file)})
+    assert problem == f"PGPASSFILE: libpq ignores '{file}'; chmod 600 {file}"
+    file.chmod(0o600)
+    Settings.from_env(OURS | {"PGPASSFILE": str(file)})
+
+
+# --- TLS -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def ca(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    return Authority(tmp_path_factory.mktemp("tls") / "ca")
+
+
+@pytest.fixture(scope="module")
+def own(ca: Authority) -> Certificate:
+    return ca.issue("client")
+
+
+def with_own(ca: Authority, cert: Path, key: Path) -> dict[str, str]:
+    files = {"MQTT_CA_FILE": ca.cert, "MQTT_CERT_FILE": cert, "MQTT_KEY_FILE": key}
+    return DOTENV | {name: str(file) for name, file in files.items()}
+
+
+def context_of(env: dict[str, str]) -> ssl.SSLContext:
+    context = Settings.from_env(env).mqtt_tls
+    assert context is not None
+    assert context.verify_mode is ssl.CERT_REQUIRED
+    assert context.check_hostname
+    assert context.minimum_version is ssl.TLSVersion.TLSv1_2
+    return context
+
+
+@pytest.mark.parametrize("word", ["", "false", "FALSE"])
+def test_without_a_word_there_is_no_tls(word: str) -> None:
+    assert Settings.from_env(DOTENV | {"MQTT_TLS": word}).mqtt_tls is None
+
+
+def test_a_ca_file_means_tls_verified_against_that_ca_alone(ca: Authority) -> None:
+    for word in ("", "false", "true"):
+        context = context_of(DOTENV | {"MQTT_TLS": word, "MQTT_CA_FILE": str(ca.cert)})
+        (trusted,) = context.get_ca_certs()
+        assert trusted["subject"] == ((("commonName", "test CA"),),)
+
+
+@pytest.mark.parametrize("word", ["true", "True"])
+def test_tls_without_a_ca_file_is_verified_against_the_systems_cas(word: str) -> None:
+    context = context_of(DOTENV | {"MQTT_TLS": word})
+    system = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    system.load_default_certs()
+    assert context.cert_store_stats() == system.cert_store_stats()
+
+
+@pytest.mark.parametrize("word", ["yes", "1", "on", "truee", " true"])
+def test_another_word_for_tls_is_named(word: str) -> None:
+    (problem,) = problems_of(DOTENV | {"MQTT_TLS": word})
+    assert problem == f"MQTT_TLS: expected true or false, got {word!r}"
+
+
+def test_a_client_certificate_may_have_text_around_it_and_a_chain_behind_it(
+    ca: Authority, own: Certificate, tmp_path: Path
+) -> None:
+    context_of(with_own(ca, *own))
+    chain = tmp_path / "chain"
+    text = openssl("x509", "-in", own.cert, "-text")
+    chain.write_text(f"# Küche\n{text}\n{ca.cert.read_text()}", "utf-8")
+    context_of(with_own(ca, chain, own.key))
+
+
+@pytest.mark.parametrize("name", ["MQTT_CERT_FILE", "MQTT_KEY_FILE"])
+def test_a_client_certificate_needs_its_key_and_tls(
+    ca: Authority, own: Certificate, name: str
+) -> None:
+    both = with_own(ca, *own)
+    (problem,) = problems_of(both | {name: ""})
+    assert problem == "MQTT_CERT_FILE, MQTT_KEY_FILE: set both, or neither"
+    for without_tls in (both, both | {name: ""}):
+        (problem,) = problems_of(without_tls | {"MQTT_CA_FILE": ""})
+        assert problem == "MQTT_CERT_FILE, MQTT_KEY_FILE: set MQTT_CA_FILE or MQTT_TLS too"
+
+
+def encrypted(own: Certificate, folder: Path) -> Certificate:
+    key = folder / "encrypted"
+    openssl("pkey", "-in", own.key, "-aes256", "-passout", "pass:hunter2", "-out", key)
+    return Certificate(own.cert, key)
+
+
+def text_file(folder: Path, text: str) -> Path:
+    return secret_file(folder, text.encode())
+
+
+BEGIN, END = "-----BEGIN CERTIFICATE-----", "-----END CERTIFICATE-----"
+NOT_PEM = (
+    "MQTT_KEY_FILE: {key!r} is not the key of MQTT_CERT_FILE {cert!r}, or one of them is not PEM,"
+    " or asks for a passphrase"
+)
+BAD_PAIRS: dict[str, tuple[Callable[[Authority, Certificate, Path], Certificate], str]] = {
+    "expired": (
+        lambda ca, own, tmp: ca.issue("old", ends=-timedelta(minutes=1)),
+        "MQTT_CERT_FILE: {cert!r} has expired; make it again",
+    ),
+    "another key": (
+        lambda ca, own, tmp: Certificate(own.cert, ca.issue("other").key),
+        "MQTT_KEY_FILE: {key!r} is not the key of MQTT_CERT_FILE {cert!r}, but of another one",
+    ),
+    "a passphrase": (
+        lambda ca, own, tmp: encrypted(own, tmp),
+        NOT_PEM + " (openssl pkey takes it off)",
+    ),
+    "swapped": (
+        lambda ca, own, tmp: Certificate(own.key, own.cert),
+        "MQTT_KEY_FILE: {key!r} can be read by others; chmod 600 {key}",
+    ),
+    "no certificate": (
+        lambda ca, own, tmp: Certificate(text_file(tmp, "hunter2"), own.key),
+        NOT_PEM,
+    ),
+    "broken certificate": (
+        lambda ca, own, tmp: Certificate(text_file(tmp, f"{BEGIN}\nAAAA\n{END}\n"), own.key),
+        NOT_PEM,
+    ),
+    "no key": (
+        lambda ca, own, tmp: Certificate(own.cert, text_file(tmp, "hunter2")),
+        NOT_PEM,
+    ),
+    "empty key": (
+        lambda ca, own, tmp: Certificate(own.cert, text_file(tmp, "")),
+        "MQTT_KEY_FILE: {key!r} is empty",
+    ),
+    "missing certificate": (
+        lambda ca, own, tmp: Certificate(tmp / "none", own.key),
+        "MQTT_CERT_FILE: {cert!r} cannot be read (No such file or directory)",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_PAIRS)
+def test_a_client_certificate_that_cannot_be_used_is_named_with_its_mend(
+    ca: Authority, own: Certificate, tmp_path: Path, case: str
+) -> None:
+    make, expected = BAD_PAIRS[case]
+    pair = make(ca, own, tmp_path)
+    (problem,) = problems_of(with_own(ca, *pair))
+    assert problem.startswith(expected.format(cert=str(pair.cert), key=str(pair.key)))
+    assert "hunter2" not in problem
+
+
+@pytest.mark.parametrize("years", [1, 60], ids=["two digits", "four digits"])
+def test_a_client_certificate_may_end_in_the_next_half_of_the_century(
+    ca: Authority, years: int
+) -> None:
+    made = ca.issue(f"in {years} years", ends=timedelta(days=365 * years))
+    context_of(with_own(ca, *made))
+
+
+def openssl_der(cert: Path) -> bytes:
+    return ssl.PEM_cert_to_DER_cert(cert.read_text())
+
+
+@pytest.mark.parametrize("content", ["hunter2", f"{BEGIN}\nAAAA\n{END}\n", f"{BEGIN}\n"])
+def test_a_ca_file_that_is_no_certificate_is_named(tmp_path: Path, content: str) -> None:
+    file = text_file(tmp_path, content)
+    (problem,) = problems_of(DOTENV | {"MQTT_CA_FILE": str(file)})
+    assert problem == f"MQTT_CA_FILE: '{file}' holds no certificate in PEM; export it so"
+
+
+def test_a_ca_file_in_der_is_named(ca: Authority, tmp_path: Path) -> None:
+    file = tmp_path / "der"
+    file.write_bytes(openssl_der(ca.cert))
+    (problem,) = problems_of(DOTENV | {"MQTT_CA_FILE": str(file)})
+    assert problem.startswith(f"MQTT_CA_FILE: '{file}' is not UTF-8; write it as plain text")
+
+
+def test_a_public_file_may_be_read_by_others_and_a_key_of_our_own_may_not(
+    ca: Authority, own: Certificate, tmp_path: Path
+) -> None:
+    key = Path(shutil.copy(own.key, tmp_path / "key"))
+    key.chmod(0o644)
+    own.cert.chmod(0o644)
+    ca.cert.chmod(0o644)
+    (problem,) = problems_of(with_own(ca, own.cert, key))
+    assert problem == f"MQTT_KEY_FILE: '{key}' can be read by others; chmod 600 {key}"
+
+
+def test_all_bad_files_are_named_at_once(tmp_path: Path) -> None:
+    file = secret_file(tmp_path, b"hunter2\n", 0o644)
+    names = ["MQTT_CA_FILE", "MQTT_CERT_FILE", "MQTT_KEY_FILE", *PASSWORD_FILES]
+    problems = problems_of(NAMED_USER | {"MQTT_TLS": "x"} | dict.fromkeys(names, str(file)))
+    # The certificate is looked into only with a key.
+    named = {problem.split(":")[0] for problem in problems}
+    assert named == {*names, "MQTT_TLS"} - {"MQTT_CERT_FILE"}
 
 
 # --- docker-compose.yml --------------------------------------------------------------
