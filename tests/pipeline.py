@@ -4,9 +4,11 @@ What it does: puts them together, and looks into the database by a connection of
 What it does not: start the ingester; tests differ in when.
 """
 
+import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,25 @@ class Database:
         wait_until(lambda: self.count(table) >= number, f"{number} rows in {table}", timeout)
         assert self.count(table) == number
 
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Let nobody else read or write the table `events` while the block runs."""
+        connection = self.connect()
+        try:
+            with connection.cursor() as cursor:
+                cursor.execute("LOCK TABLE events")
+            yield
+        finally:
+            connection.close()
+
+    def wait_blocked(self) -> None:
+        """Wait until a statement in this database waits for a lock, as behind locked()."""
+        waiting = (
+            "SELECT count(*) FROM pg_stat_activity"
+            " WHERE datname = current_database() AND wait_event_type = 'Lock'"
+        )
+        wait_until(lambda: self.query(waiting) != [(0,)], "a statement to wait for a lock")
+
 
 class Pipeline:
     """One test's broker, database and ingester."""
@@ -72,6 +93,23 @@ class Pipeline:
         """Stop the ingester; a test whose ingester ended by itself fails here."""
         code = self.ingester.stop()
         assert code in (0, -signal.SIGKILL), f"exit code {code}\n{self.ingester.log_tail()}"
+
+
+def saved(mosquitto: Mosquitto) -> bytes:
+    """Make the broker save its state now; return it."""
+    file = mosquitto.folder / "data/mosquitto.db"
+    before = file.stat().st_mtime_ns if file.exists() else 0
+    os.kill(mosquitto.pid, signal.SIGUSR1)
+    wait_until(lambda: file.exists() and file.stat().st_mtime_ns > before, "the broker to save")
+    return file.read_bytes()
+
+
+def restart_from(mosquitto: Mosquitto, state: bytes) -> None:
+    """Let the broker begin again with what saved() returned: packet ids begin again too."""
+    mosquitto.stop()
+    (mosquitto.folder / "data/mosquitto.db").write_bytes(state)
+    mosquitto.start()
+    mosquitto.wait_ready()
 
 
 def wait_until(condition: Callable[[], bool], what: str, timeout: float = 15) -> None:

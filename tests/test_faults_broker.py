@@ -9,9 +9,7 @@ Invariant: where the broker kept what it had taken, no device sends an event aga
 the check: sending again would hide that the ingester lost it.
 """
 
-import os
 import re
-import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -34,9 +32,9 @@ from tests.load import (
     wait_for_acks,
     wait_for_load,
 )
-from tests.pipeline import Database, Pipeline, wait_until
+from tests.pipeline import Database, Pipeline, restart_from, saved, wait_until
 from tests.proxy import Proxy
-from tools.stack import Ingester, Mosquitto
+from tools.stack import Ingester
 
 Report = Callable[[Finding], None]
 
@@ -257,22 +255,6 @@ def test_a_line_that_is_lost_without_a_word_is_noticed_by_itself(
 
 
 # --- an older state of the broker: packet ids begin again --------------------------------
-
-
-def saved(mosquitto: Mosquitto) -> bytes:
-    """Make the broker save its state now; return it."""
-    file = mosquitto.folder / "data/mosquitto.db"
-    before = file.stat().st_mtime_ns if file.exists() else 0
-    os.kill(mosquitto.pid, signal.SIGUSR1)
-    wait_until(lambda: file.exists() and file.stat().st_mtime_ns > before, "the broker to save")
-    return file.read_bytes()
-
-
-def restart_from(mosquitto: Mosquitto, state: bytes) -> None:
-    mosquitto.stop()
-    (mosquitto.folder / "data/mosquitto.db").write_bytes(state)
-    mosquitto.start()
-    mosquitto.wait_ready()
 
 
 @contextmanager

@@ -97,15 +97,9 @@ def frozen(pipeline: Pipeline) -> Iterator[None]:
         pipeline.database.postgres.wait_ready()
 
 
-@contextmanager
-def locked(pipeline: Pipeline) -> Iterator[None]:
+def locked(pipeline: Pipeline) -> AbstractContextManager[None]:
     """As a nightly backup or a careless ALTER TABLE does."""
-    with ExitStack() as cleanup:
-        other = pipeline.database.connect()
-        cleanup.callback(other.close)
-        with other.cursor() as cursor:
-            cursor.execute("LOCK TABLE events")
-        yield
+    return pipeline.database.locked()
 
 
 def connect_if_possible(database: Database) -> Any:

@@ -13,7 +13,7 @@ import pytest
 
 from tests.device import event
 from tests.findings import Finding, find
-from tests.pipeline import Database, Pipeline, wait_until
+from tests.pipeline import Database, Pipeline
 from tools.stack import Stack
 
 Report = Callable[[Finding], None]
@@ -71,25 +71,21 @@ def test_one_poisonous_event_in_a_full_batch_is_kept_and_the_rest_stored_in_one_
     database, postgres = running.database, running.database.postgres
     database.query(sql)
     poisonous = event(377, **(fields or {"value": NOISE}))
-    other = database.connect()
-    with other.cursor() as cursor, running.device() as device:
-        # While the first waits for the table, a full batch comes together behind it.
-        cursor.execute("LOCK TABLE events")
-        device.publish(event("first"))
-        waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
-        wait_until(lambda: database.query(waiting) == [(1,)], "the insert to wait")
-        for number in range(BATCH - 1):
-            device.send(poisonous if number == 377 else event(number, value=number % 5))
-        device.publish(event("last"))
-        log_start = postgres.log_end
-        postgres.psql("ALTER SYSTEM SET log_statement = 'all'", "postgres")
-        postgres.psql("SELECT pg_reload_conf()", "postgres")
+    with running.device() as device:
         try:
-            other.rollback()
+            # While the first waits for the table, a full batch comes together behind it.
+            with database.locked():
+                device.publish(event("first"))
+                database.wait_blocked()
+                for number in range(BATCH - 1):
+                    device.send(poisonous if number == 377 else event(number, value=number % 5))
+                device.publish(event("last"))
+                log_start = postgres.log_end
+                postgres.psql("ALTER SYSTEM SET log_statement = 'all'", "postgres")
+                postgres.psql("SELECT pg_reload_conf()", "postgres")
             device.wait(lambda: len(device.acks) == BATCH + 1, "an ACK for each")
             device.wait(lambda: bool(device.dead_letters), "the dead letter")
         finally:
-            other.close()
             postgres.psql("ALTER SYSTEM RESET log_statement", "postgres")
             postgres.psql("SELECT pg_reload_conf()", "postgres")
     log = running.ingester.log()

@@ -73,16 +73,10 @@ def out_after(seconds: float) -> str:
 @contextmanager
 def table_locked(pipeline: Pipeline, device: Device) -> Iterator[None]:
     """Its insert waits for a lock, with events in hand."""
-    other = pipeline.database.connect()
-    try:
-        with other.cursor() as cursor:
-            cursor.execute("LOCK TABLE events")
+    with pipeline.database.locked():
         publish(device)
-        waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
-        wait_until(lambda: pipeline.database.query(waiting) != [(0,)], "the insert to wait")
+        pipeline.database.wait_blocked()
         yield
-    finally:
-        other.close()
 
 
 @contextmanager

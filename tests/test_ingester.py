@@ -473,33 +473,23 @@ def test_events_published_while_it_is_away_are_stored_when_it_is_back(running: P
 
 def test_a_killed_ingester_is_given_the_batch_again(running: Pipeline) -> None:
     """Killed between receiving and committing: nothing was PUBACKed, so nothing is lost."""
-    other = running.database.connect()
-    with other.cursor() as cursor:
-        cursor.execute("LOCK TABLE events")
     with running.device() as device:
-        for number in range(100):
-            device.publish(event(number))
-        waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
-        wait_until(lambda: running.database.query(waiting)[0][0] > 0, "the insert to wait")
-        running.ingester.kill()
-        other.rollback()
-        other.close()
+        with running.database.locked():
+            for number in range(100):
+                device.publish(event(number))
+            running.database.wait_blocked()
+            running.ingester.kill()
         running.ingester.start()
         device.wait(lambda: len(device.heard_at) == 100, "an ACK for each", 30)
     assert running.database.count() == 100
 
 
 def test_nobody_hears_stored_before_the_row_is_there(running: Pipeline) -> None:
-    other = running.database.connect()
-    with other.cursor() as cursor:
-        cursor.execute("LOCK TABLE events")
     with running.device() as device:
-        device.publish(event(1))
-        waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
-        wait_until(lambda: running.database.query(waiting) == [(1,)], "the insert to wait")
-        assert device.messages == []
-        other.rollback()
-        other.close()
+        with running.database.locked():
+            device.publish(event(1))
+            running.database.wait_blocked()
+            assert device.messages == []
         device.wait(lambda: bool(device.acks), "an ACK")
     assert running.database.count() == 1
 

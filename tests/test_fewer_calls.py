@@ -1,0 +1,644 @@
+"""How the ingester saves calls to the kernel, on a real broker and a real database.
+
+What it does: holds the private methods of paho that FewerCalls replaces to the sources that
+were tested, counts calls, cuts what is read ahead and what is written in one piece at any
+place, and sees that MQTT is read while the database works. What it does not: measure time;
+that is the benchmark.
+"""
+
+import hashlib
+import inspect
+import json
+import random
+import re
+import socket
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from itertools import repeat
+from pathlib import Path
+from typing import Any
+
+import pytest
+from paho.mqtt import __version__, _packet
+from paho.mqtt import client as paho
+from psycopg2 import extensions
+
+from ingester import broker as broker_module
+from ingester.broker import PAHO_VERSION, Broker, FewerCalls, Message, Plain
+from ingester.event import Event
+from ingester.reply import Reply
+from ingester.settings import Settings
+from ingester.store import Outcome, Store
+from tests.conftest import CHECKOUT
+from tests.device import Device, event
+from tests.findings import find
+from tests.load import connects, load
+from tests.pipeline import Database, Pipeline, restart_from, saved, wait_until
+from tests.tap import PUBACK, PUBLISH, Tap
+
+# --- paho is the one that was tested -----------------------------------------------------
+
+REPLACED = ("_packet_queue", "_sock_recv", "_handle_pubackcomp")
+# Those three of paho.Client, and what calls them or is called by them: the first 16 digits of
+# the SHA-256 of the source. What to do when they change: see the message below.
+SOURCES = {
+    "_packet_queue": "e298fa9ab31e5f79",
+    "_sock_recv": "c3b9043a46dd81b7",
+    "_handle_pubackcomp": "04d39ba283b1f3be",
+    "_sock_send": "300d9f1031bd0dbd",
+    "_packet_write": "d097b7b51bed128d",
+    "_packet_read": "bbe32d8af1e37955",
+    "_packet_handle": "ac4c129ed409db42",
+    "_do_on_publish": "5bbcad6f9447107a",
+    "_send_publish": "4edd21dd50f58a28",
+    "_send_puback": "bb015cefb632f942",
+    "_send_command_with_mid": "1a771678b66dc9e4",
+    "publish": "5c00cd3dcebceaae",
+    "ack": "92f83b7a84a46b21",
+    "reconnect": "3ecdf1a8299e8c8a",
+    "_messages_reconnect_reset_out": "464a42c69618a49b",
+    "_loop": "7372a4c2fc81b7f4",
+    "loop_read": "4fa11ca2d451dbec",
+    "loop_write": "57c360e5ae749fd9",
+    "_loop_rc_handle": "ee5ad3b7849433a4",
+}
+WHAT_TO_DO = (
+    "paho is not the one that FewerCalls (ingester/broker.py) was tested with. Read what changed"
+    " in the methods of SOURCES (tests/test_fewer_calls.py) and mend FewerCalls if need be. Set"
+    " PAHO_VERSION, the pin in ingester/requirements.txt and SOURCES; then run tests/run --faults"
+    " and the benchmark."
+)
+
+
+def source_digest(name: str) -> str:
+    source = inspect.getsource(getattr(paho.Client, name))
+    return hashlib.sha256(source.encode()).hexdigest()[:16]
+
+
+def parameters(method: Callable[..., Any]) -> list[tuple[str, Any, Any]]:
+    """Return what a caller sees; the annotations may be written in another way."""
+    found = inspect.signature(method).parameters.values()
+    return [(item.name, item.kind, item.default) for item in found]
+
+
+def test_paho_is_the_version_that_fewer_calls_was_tested_with() -> None:
+    pins = (CHECKOUT / "ingester/requirements.txt").read_text()
+    pinned = re.findall(r"(?m)^paho-mqtt==(\S+)", pins)
+    assert [PAHO_VERSION, *pinned] == [__version__] * 2, WHAT_TO_DO
+
+
+def test_the_private_methods_of_paho_are_those_that_were_tested() -> None:
+    missing = [name for name in SOURCES if not hasattr(paho.Client, name)]
+    assert not missing, WHAT_TO_DO
+    assert {name: source_digest(name) for name in SOURCES} == SOURCES, WHAT_TO_DO
+
+
+def test_fewer_calls_replaces_three_private_methods_and_takes_what_they_take() -> None:
+    private = {name for name in vars(FewerCalls) if hasattr(paho.Client, name)}
+    assert {name for name in private if re.match("_[^_]", name)} == set(REPLACED)
+    for name in REPLACED:
+        assert parameters(getattr(FewerCalls, name)) == parameters(getattr(paho.Client, name)), name
+
+
+# --- in this process ---------------------------------------------------------------------
+
+
+@contextmanager
+def session(pipeline: Pipeline, **variables: str) -> Iterator[Broker]:
+    """A Broker in this process, which has its subscription."""
+    broker = Broker(Settings.from_env(pipeline.environment | variables), last_will=b"{}")
+    try:
+        wait_until(lambda: broker.connected or bool(broker.receive(500, 0.1)), "a subscription")
+        yield broker
+    finally:
+        broker.close(b"{}")
+
+
+def publish(device: Device, numbers: range, **fields: Any) -> None:
+    """Publish these events; the broker has them all when it returns."""
+    for number in numbers:
+        device.send(event(number, device.device_id, value=number, **fields))
+    wait_until(device.all_taken, f"{len(numbers)} PUBACKs")
+
+
+def receive(broker: Broker, number: int) -> list[Message]:
+    """Return a batch of so many messages."""
+    batch: list[Message] = []
+
+    def all_there() -> bool:
+        batch[:] = broker.receive(number, 0.1)
+        return len(batch) == number
+
+    wait_until(all_there, f"{number} messages")
+    return batch
+
+
+def acks_for(batch: list[Message], padding: int = 0) -> list[Reply]:
+    """Return an ACK for each message, as ingest() would."""
+    return [
+        Reply(
+            message.topic.replace("/events", "/acks"),
+            json.dumps(
+                {
+                    "event_id": json.loads(message.payload)["event_id"],
+                    "status": "stored",
+                    "padding": "x" * padding,
+                }
+            ).encode(),
+        )
+        for message in batch
+    ]
+
+
+def unread_bytes(server_port: int) -> int:
+    """Return how much waits in the kernel for the one client that is connected to this port."""
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    remote = f"0100007F:{server_port:04X}"
+    (queues,) = [row[4] for row in rows if row[2] == remote and row[3] == "01"]  # established
+    return int(queues.split(":")[1], 16)
+
+
+def wait_confirmed(broker: Broker) -> None:
+    """Read on until the broker has PUBACKed every reply."""
+
+    def confirmed() -> bool:
+        broker.wait(0.02)
+        broker.receive(1, 0.02)
+        return broker._replies_outstanding == 0
+
+    wait_until(confirmed, "a PUBACK for each reply")
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often paho, for the ingester, has read from or written to the socket by now.
+
+    Each of the two methods makes one call to the kernel. Beside them the PUBACKs that were
+    decoded into objects, of this and of every other client.
+    """
+    counter: Counter[str] = Counter()
+
+    def count(owner: Any, name: str, counts: Callable[[Any], bool]) -> None:
+        original = getattr(owner, name)
+
+        def counted(first: Any, *others: Any) -> Any:
+            counter[name] += counts(first)
+            return original(first, *others)
+
+        monkeypatch.setattr(owner, name, counted)
+
+    count(paho.Client, "_sock_recv", lambda client: isinstance(client, Plain))
+    count(paho.Client, "_sock_send", lambda client: isinstance(client, Plain))
+    count(_packet, "decode_puback", lambda _: True)
+    return counter
+
+
+def calls_for(
+    pipeline: Pipeline, calls: Counter[str], number: int
+) -> tuple[Counter[str], Counter[str], Counter[str]]:
+    """Return the calls to read a batch of messages, to settle it, and to read the PUBACKs."""
+    steps = []
+    with session(pipeline) as broker:
+        with pipeline.device() as device:
+            publish(device, range(number))
+        calls.clear()
+        batch = receive(broker, number)
+        steps.append(calls.copy())
+        calls.clear()
+        broker.settle(batch, acks_for(batch))
+        steps.append(calls.copy())
+        calls.clear()
+        # MQTT 3.1.1, section 3.4: a PUBACK is four bytes.
+        port = pipeline.mosquitto.port
+        wait_until(lambda: unread_bytes(port) >= 4 * number, f"{number} PUBACKs to be there")
+        wait_confirmed(broker)
+        steps.append(calls.copy())
+        assert broker.in_hand == 0
+    read, settle, confirm = steps
+    return read, settle, confirm
+
+
+def test_a_batch_is_settled_by_one_send_and_read_by_far_fewer_calls_than_it_has_packets(
+    pipeline: Pipeline, calls: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    number = 200
+    read, settle, confirm = calls_for(pipeline, calls, number)
+    monkeypatch.setattr(broker_module, "PAHO_VERSION", "another")
+    plain_read, plain_settle, plain_confirm = calls_for(pipeline, calls, number)
+    print(f"{number} messages: read {read}, settle {settle}, PUBACKs {confirm}; plain:")
+    print(f"read {plain_read}, settle {plain_settle}, PUBACKs {plain_confirm}")
+    assert settle["_sock_send"] == 1
+    assert plain_settle["_sock_send"] == 2 * number
+    assert read["_sock_recv"] * 10 < number
+    assert read["_sock_recv"] * 30 < plain_read["_sock_recv"]
+    assert confirm["_sock_recv"] * 30 < plain_confirm["_sock_recv"]
+    assert (confirm["decode_puback"], plain_confirm["decode_puback"]) == (0, number)
+
+
+# --- either way, the same ----------------------------------------------------------------
+
+# The other class is taken away: whoever would use it ends with a NameError.
+START = {
+    "fewer calls": "del broker.Plain",
+    "plain": "broker.PAHO_VERSION = 'another'; del broker.FewerCalls",
+}
+
+
+def prepare(pipeline: Pipeline, statement: str) -> None:
+    """Let the ingester do this before anything else."""
+    lines = ("import sys", "from ingester import app, broker", statement, "sys.exit(app.main())")
+    pipeline.ingester.command[1:] = ["-c", "\n".join(lines)]
+
+
+def start(pipeline: Pipeline, **environment: str) -> None:
+    pipeline.ingester.environment |= environment
+    pipeline.ingester.start()
+    pipeline.ingester.wait_ready()
+
+
+def send_mixture(device: Device, numbers: range) -> tuple[int, int]:
+    """Send single events, repeats, arrays and bad ones; return how many ACKs and dead letters."""
+    acks = letters = 0
+    for number in numbers:
+        good = event(number, value=number)
+        device.send(good, qos=1 if number % 7 else 0)
+        acks += 1
+        if number % 10 == 0:
+            device.send(good)
+            acks += 1
+        if number % 25 == 0:
+            device.send(b'{"schema": 1,')
+            acks, letters = acks + 1, letters + 1
+        if number % 40 == 0:
+            pair = [event(f"{number}-{name}", value=number) for name in "ab"]
+            device.send([pair[0], event(number, value=[]), pair[1]])
+            device.sent |= {str(item["event_id"]): item for item in pair}
+            acks, letters = acks + 3, letters + 1
+    return acks, letters
+
+
+@pytest.mark.parametrize("way", START)
+def test_either_way_all_is_stored_and_answered(pipeline: Pipeline, way: str) -> None:
+    prepare(pipeline, START[way])
+    start(pipeline)
+    with pipeline.device() as device:
+        acks, letters = send_mixture(device, range(500))
+        device.wait(lambda: len(device.acks) == acks, f"{acks} ACKs")
+        pipeline.ingester.stop()
+        more_acks, more_letters = send_mixture(device, range(500, 4000))  # a backlog
+        wait_until(device.all_taken, "the broker to have all")
+        pipeline.ingester.start()
+        device.wait(lambda: len(device.acks) == acks + more_acks, "an ACK for each", 60)
+        letters += more_letters
+        device.wait(lambda: len(device.dead_letters) == letters, f"{letters} dead letters")
+    finding = find(way, [device], pipeline.database)
+    assert finding.sent == 4000 + 2 * 100
+    assert finding.rows == finding.heard_stored == finding.sent
+    assert finding.dead_letters == letters
+    assert connects(pipeline) == 2
+
+
+# --- cut at any place --------------------------------------------------------------------
+
+
+@contextmanager
+def tapped(
+    pipeline: Pipeline,
+    pieces: Iterator[int] | None = None,
+    limits: Sequence[int] = (),
+) -> Iterator[Tap]:
+    """Put a Tap between broker and ingester; the ingester is gone when the block is left."""
+    with Tap(pipeline.mosquitto.port, pieces, limits) as tap:
+        pipeline.ingester.environment["MQTT_PORT"] = str(tap.port)
+        pipeline.environment["MQTT_PORT"] = str(tap.port)
+        yield tap
+        pipeline.ingester.stop()
+    tap.check()
+
+
+def all_stored(devices: list[Device], pipeline: Pipeline) -> None:
+    """Check that all that was sent is stored once and answered, and that nothing was refused."""
+    finding = find("", devices, pipeline.database)
+    assert finding.rows == finding.heard_stored == finding.sent
+    assert finding.dead_letters == 0
+
+
+def deliver_with_large_ones(pipeline: Pipeline, device: Device, number: int, large: int) -> None:
+    """Deliver events in one flood; every so often one whose payload is large, in bytes."""
+    for i in range(number):
+        text = "x" * (large if i % 100 == 50 else i % 300)
+        device.send(event(i, value=i, meta={"text": text}))
+    device.wait(lambda: device.heard_at.keys() >= device.sent.keys(), "an ACK for each", 60)
+    all_stored([device], pipeline)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 65_535, 65_536, 65_537, "random"])
+def test_packets_that_come_in_pieces_are_put_together(pipeline: Pipeline, size: int | str) -> None:
+    seed = random.randrange(1 << 32)
+    print(f"seed {seed}")
+    randomness = random.Random(seed)
+    sizes = (int(2 ** randomness.uniform(0, 17)) for _ in repeat(None))
+    small = isinstance(size, int) and size < 10
+    with tapped(pipeline, repeat(size) if isinstance(size, int) else sizes) as tap:
+        start(pipeline)
+        with pipeline.device() as device:
+            number, large = (200, 70_000) if small else (2000, 200_000)
+            deliver_with_large_ones(pipeline, device, number, large)
+    assert connects(pipeline) == 1
+    assert len(tap.lines) == 1
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 191, 192, 193, 65_535, 65_537])
+def test_what_is_read_ahead_may_end_at_any_place(pipeline: Pipeline, size: int) -> None:
+    """The kernel never gives more than so many bytes; 192 are a whole packet each time."""
+    prepare(pipeline, f"broker.READ_AHEAD_BYTES = {size}")
+    with tapped(pipeline) as tap:
+        start(pipeline)
+        with pipeline.device() as device:
+            for i in range(500):
+                device.send(event(f"pad-{i:03}", value=i % 10, meta={"pad": "x" * 32}))
+            device.wait(lambda: len(device.heard_at) == 500, "an ACK for each", 30)
+            deliver_with_large_ones(pipeline, device, 300, 70_000)
+    packets = [item for item in tap.lines[0].passed("to_client", PUBLISH) if item.mid]
+    # MQTT 3.1.1, section 3.3: three bytes of fixed header, topic with its length, packet id.
+    sizes = {3 + 2 + len(item.topic) + 2 + len(item.payload) for item in packets[:500]}
+    assert sizes == {192}
+    assert connects(pipeline) == 1
+
+
+# --- cut with something read ahead -------------------------------------------------------
+
+
+def test_what_was_read_ahead_of_a_lost_connection_is_not_handed_out_by_the_next(
+    pipeline: Pipeline,
+) -> None:
+    number = 300
+    with (
+        tapped(pipeline) as tap,
+        pipeline.device() as device,
+        session(pipeline, BATCH_MAX="10") as broker,
+    ):
+        publish(device, range(number))
+        batch = receive(broker, 10)
+        assert broker._client.has_read_ahead
+        tap.cut()
+        # Some of them never came over the first connection, so this is reached by the second.
+        delivered: set[bytes] = set()
+
+        def settle_and_receive() -> bool:
+            broker.settle(batch, acks_for(batch)) if batch else None
+            batch[:] = broker.receive(10, 0.1)
+            for message in batch:
+                assert message.connection == broker.connection
+                if message.connection == 2:
+                    delivered.add(message.payload)
+            return len(delivered) == number and not batch
+
+        wait_until(settle_and_receive, f"{number} messages over the second connection")
+        wait_confirmed(broker)
+        device.wait(lambda: len(device.heard_at) == number, "an ACK for each")
+    assert len(tap.lines[1].passed("to_server", PUBACK)) == number
+
+
+def test_a_line_cut_again_and_again_after_any_byte_loses_nothing(pipeline: Pipeline) -> None:
+    """In small batches, so that of what was read at once most is not handed out yet."""
+    seed = random.randrange(1 << 32)
+    print(f"seed {seed}")
+    randomness = random.Random(seed)
+    limits = [randomness.randrange(100, 150_000) for _ in range(8)]
+    with tapped(pipeline, limits=limits) as tap, pipeline.device() as device:
+        start(pipeline, BATCH_MAX="10")
+        publish(device, range(3000), meta={"text": "x" * 200})
+        device.wait(lambda: len(device.heard_at) == 3000, "an ACK for each", 60)
+        all_stored([device], pipeline)
+    assert len(tap.lines) == len(limits) + 1
+    assert "Traceback" not in pipeline.ingester.log()
+
+
+def test_with_much_read_ahead_no_packet_id_of_an_earlier_connection_is_pubacked(
+    pipeline: Pipeline,
+) -> None:
+    """The broker comes back in an older state: it gives the same packet ids to other messages."""
+    start(pipeline, BATCH_MAX="10")
+    with pipeline.device("old") as old, pipeline.device("new") as new:
+        state = saved(pipeline.mosquitto)
+        with pipeline.database.locked():
+            publish(old, range(300))
+            pipeline.database.wait_blocked()
+            restart_from(pipeline.mosquitto, state)
+            publish(new, range(300))
+        new.wait(lambda: new.heard_at.keys() >= new.sent.keys(), "an ACK for each", 30)
+        old.deliver(old.sent.values())  # what the older state did not know of
+        all_stored([old, new], pipeline)
+
+
+# --- written in part ---------------------------------------------------------------------
+
+# Bytes. More than fits between two sockets whose reader stands still: with the buffer below
+# and what the other one has before anyone reads (net.ipv4.tcp_rmem), not 300 kB do.
+PADDING = 4_000
+SMALL_SEND_BUFFER = 4_096
+
+
+def settle_in_part(broker: Broker, number: int) -> None:
+    """Settle a batch whose ACKs the socket does not take as a whole."""
+    sock = broker._client.socket()
+    assert isinstance(sock, socket.socket)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SMALL_SEND_BUFFER)
+    batch = receive(broker, number)
+    broker.settle(batch, acks_for(batch, PADDING))
+    assert broker._client.want_write(), "the socket took it all: this tests nothing"
+    assert broker.in_hand == 0
+
+
+def order_of(items: list[tuple[str, bytes]]) -> list[str]:
+    return [json.loads(payload)["event_id"] for _, payload in items]
+
+
+def test_a_batch_that_a_paused_broker_takes_in_part_is_written_on_when_it_goes_on(
+    pipeline: Pipeline,
+) -> None:
+    number = 300
+    with pipeline.device() as device:
+        with session(pipeline) as broker:
+            publish(device, range(number))
+            receive(broker, number)
+            pipeline.mosquitto.pause()
+            try:
+                settle_in_part(broker, number)
+                broker.wait(0.1)
+                assert broker._client.want_write()
+            finally:
+                pipeline.mosquitto.resume()
+            wait_confirmed(broker)
+        device.wait(lambda: len(device.acks) == number, "an ACK for each")
+        assert order_of(device.messages) == list(device.sent)
+        with session(pipeline) as broker:  # nothing is left to be sent again
+            publish(device, range(number, number + 1))
+            assert [json.loads(item.payload)["value"] for item in receive(broker, 1)] == [number]
+
+
+@pytest.mark.parametrize("cut", [False, True], ids=["thawed", "cut"])
+def test_no_puback_overtakes_its_ack_when_a_batch_is_written_in_part(
+    pipeline: Pipeline, cut: bool
+) -> None:
+    number = 300
+    with pipeline.device() as device, tapped(pipeline) as tap:
+        with session(pipeline) as broker:
+            publish(device, range(number))
+            receive(broker, number)
+            tap.freeze(to_client=False)
+            settle_in_part(broker, number)
+            if cut:
+                tap.cut()
+            tap.thaw()
+            if cut:
+                wait_until(lambda: broker.receive(1, 0.1) != [], "the batch to come again")
+                batch = receive(broker, number)
+                assert {message.connection for message in batch} == {2}
+                broker.settle(batch, acks_for(batch))
+            wait_confirmed(broker)
+        device.wait(lambda: len(device.heard_at) == number, "an ACK for each")
+    lines = [line.passed("to_server", PUBACK) for line in tap.lines]
+    assert [len(line) for line in lines] == ([0, number] if cut else [number])
+    sent = [item.kind for item in tap.lines[0].packets if item.direction == "to_server"]
+    if not cut:
+        kinds = [kind for kind in sent if kind in (PUBLISH, PUBACK)]
+        assert kinds[: 2 * number] == [PUBLISH] * number + [PUBACK] * number
+
+
+# --- while the database works ------------------------------------------------------------
+
+
+def test_while_the_database_works_a_batch_more_is_taken_in_hand_and_no_more(
+    pipeline: Pipeline, database: Database
+) -> None:
+    """The lock is released by what is called meanwhile: without it, no answer comes in time."""
+    seen: list[int] = []
+    with (
+        ExitStack() as lock,
+        pipeline.device() as device,
+        session(pipeline, BATCH_MAX="10") as broker,
+    ):
+        publish(device, range(100))
+        batch = receive(broker, 10)
+        lock.enter_context(database.locked())
+
+        def meanwhile() -> list[Any]:
+            sockets = broker.take_in()
+            seen.append(broker.in_hand)
+            if len(seen) == 5:
+                lock.close()
+            return sockets
+
+        store = Store(database.conninfo, meanwhile)
+        try:
+            store.connect()
+            seen.clear()
+            item = Event("a", "device-1", 1, "temperature", 21.5, None, "C", None, "{}")
+            assert store.insert([item]) == [Outcome.STORED]
+        finally:
+            extensions.set_wait_callback(None)
+            store.close()
+        assert max(seen) == broker.in_hand == 20
+        assert broker.receive(10, 0) == batch  # the oldest, as before
+        assert broker.take_in() == []
+        broker.settle(batch, acks_for(batch))
+        assert broker.in_hand == 10
+        for _ in range(9):
+            batch = receive(broker, 10)
+            broker.settle(batch, acks_for(batch))
+        device.wait(lambda: len(device.acks) == 100, "an ACK for each")
+    assert order_of(device.messages) == list(device.sent)
+
+
+def test_what_was_too_much_to_hold_is_sent_again_even_if_each_insert_lets_messages_come_in(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(broker_module, "IN_HAND_MESSAGES_MAX", 20)
+    with pipeline.device() as device, session(pipeline, BATCH_MAX="10") as broker:
+        publish(device, range(50))
+
+        def too_much() -> bool:
+            broker.wait(0.02)
+            return broker._overflowed
+
+        wait_until(too_much, "more messages than may be held")
+        for number in range(100, 110):
+            batch = receive(broker, min(10, broker.in_hand))
+            publish(device, range(number, number + 1))
+            broker.take_in()  # as the Store does while the insert of the batch waits
+            broker.settle(batch, acks_for(batch))
+            if not broker.in_hand:
+                break
+        assert broker.in_hand == 0, "it is never at an end, so it does not reconnect"
+
+        def settle_rest() -> bool:
+            batch = broker.receive(10, 0.1)
+            broker.settle(batch, acks_for(batch)) if batch else None
+            return device.heard_at.keys() >= device.sent.keys()
+
+        wait_until(settle_rest, "an ACK for each")
+        assert broker.connection > 1
+
+
+def wait_forwarded(tap: Tap, number: int) -> None:
+    """Wait until so many messages were forwarded to the ingester."""
+
+    def forwarded() -> bool:
+        return sum(bool(item.mid) for item in tap.lines[-1].passed("to_client", PUBLISH)) >= number
+
+    wait_until(forwarded, f"{number} messages to pass")
+
+
+def test_the_ingester_reads_mqtt_while_its_insert_waits(pipeline: Pipeline) -> None:
+    with tapped(pipeline) as tap, pipeline.device() as device:
+        start(pipeline)
+        with pipeline.database.locked():
+            publish(device, range(1))
+            pipeline.database.wait_blocked()
+            publish(device, range(1, 100))
+            wait_forwarded(tap, 100)
+            wait_until(lambda: unread_bytes(tap.port) == 0, "the ingester to read it all")
+            pipeline.database.wait_blocked()
+            assert device.acks == []
+        device.wait(lambda: len(device.heard_at) == 100, "an ACK for each")
+        all_stored([device], pipeline)
+    assert "batch: messages 99, stored 99," in pipeline.ingester.log()
+
+
+def test_a_line_cut_while_an_insert_waits_brings_the_batch_again_and_no_second_row(
+    pipeline: Pipeline,
+) -> None:
+    with tapped(pipeline) as tap, pipeline.device() as device:
+        start(pipeline)
+        with pipeline.database.locked():
+            publish(device, range(1))
+            pipeline.database.wait_blocked()
+            publish(device, range(1, 50))
+            wait_forwarded(tap, 50)
+            tap.cut()
+            pipeline.database.wait_blocked()
+        device.wait(lambda: len(device.heard_at) == 50, "an ACK for each")
+        all_stored([device], pipeline)
+    assert [len(line.passed("to_server", PUBACK)) for line in tap.lines] == [0, 50]
+    assert " duplicates 1, " in pipeline.ingester.log()  # the one that the insert was about
+
+
+def test_a_sigterm_while_an_insert_waits_and_messages_come_in_ends_it_with_code_0(
+    pipeline: Pipeline,
+) -> None:
+    with tapped(pipeline) as tap, pipeline.device() as device:
+        start(pipeline)
+        with pipeline.database.locked():
+            publish(device, range(1))
+            pipeline.database.wait_blocked()
+            with load([device]):
+                wait_forwarded(tap, 50)
+                assert pipeline.ingester.stop(timeout=5) == 0, pipeline.ingester.log_tail()
+        assert "Traceback" not in pipeline.ingester.log()
+        assert device.acks == []
+        start(pipeline)
+        device.wait(lambda: device.heard_at.keys() >= device.sent.keys(), "an ACK for each")
+        all_stored([device], pipeline)
