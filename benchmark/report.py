@@ -47,7 +47,7 @@ def _figures(systems: Results, name: str) -> dict[str, str]:
     return rows
 
 
-def render(results: dict[str, Any]) -> str:
+def render(name: str, results: dict[str, Any]) -> str:
     """Return everything as Markdown."""
     systems, rows = results["systems"], results["rows"]
     queries = rows["queries_ms"]
@@ -56,7 +56,7 @@ def render(results: dict[str, Any]) -> str:
     }
     drain = {"drain": results["drain"]}
     parts = [
-        f"# Benchmark of {results['date']}",
+        f"# Benchmark of {name}",
         "Medians of the rounds. What the figures mean, and what they do not: ../README.md.",
         "## The machine",
         _table(["", ""], list(results["machine"].items())),

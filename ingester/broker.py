@@ -60,8 +60,6 @@ IN_HAND_MESSAGES_MAX = 50_000
 IN_HAND_BYTES_MAX = 16_777_216
 # Replies that the broker has not PUBACKed. Each costs 1.2 kB, and there are 65,535 packet ids.
 REPLIES_OUTSTANDING_MAX = 5_000
-
-
 # The paho whose private methods FewerCalls knows. With another one, Plain does the same.
 PAHO_VERSION = "2.2.0"
 # Bytes taken from the socket at once.
