@@ -35,9 +35,12 @@ LOCK = f"\0{PROJECT}-compose"
 
 
 class Compose:
-    """One copy of the checkout, and its stack once up() was called."""
+    """One copy of the checkout, and its stack once up() was called.
 
-    def __init__(self, folder: Path) -> None:
+    `files` are what stands behind `-f`, from the checkout; none is what Compose finds itself.
+    """
+
+    def __init__(self, folder: Path, *files: str) -> None:
         self.folder = folder
         self._volumes_seen = {VOLUME}
         self.settings = dotenv_values(folder / ".env")
@@ -47,6 +50,8 @@ class Compose:
             for name, value in os.environ.items()
             if name not in self.settings and not name.startswith("COMPOSE_")
         } | {"COMPOSE_PROJECT_NAME": PROJECT}
+        if files:
+            self.environment["COMPOSE_FILE"] = os.pathsep.join(files)
 
     def run(
         self,
@@ -130,6 +135,12 @@ class Compose:
         done = self.run("docker", "logs", container)
         return done.stdout + done.stderr
 
+    def ports_published(self) -> list[int]:
+        """The ports that the stack takes on this machine."""
+        config = json.loads(self.compose("config", "--format", "json"))
+        services = config["services"].values()
+        return [int(port["published"]) for service in services for port in service.get("ports", ())]
+
     def volumes_mounted(self) -> set[str]:
         """The volumes, named and anonymous, of all containers, ended ones included."""
         ids = self.compose("ps", "-aq").split()
@@ -210,7 +221,6 @@ def in_the_way(stack: Compose) -> str | None:
     names = stack.run("docker", "ps", "-a", "--format", "{{.Names}}").stdout.split()
     if taken := sorted(set(names) & set(CONTAINERS.values())):
         return f"a stack is up already, with the containers {', '.join(taken)}"
-    ports = (1883, 9001, int(stack.settings["POSTGRES_PORT"] or 0))
-    if busy := [port for port in ports if not port_is_free(port)]:
+    if busy := [port for port in stack.ports_published() if not port_is_free(port)]:
         return f"something listens on port {', '.join(map(str, busy))}"
     return None

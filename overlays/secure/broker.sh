@@ -1,0 +1,38 @@
+#!/bin/sh
+# Starts the broker in its container, or lets it read its users and their rights again.
+#
+#   broker.sh start     as root, which the broker then ceases to be
+#   broker.sh reload    as the broker's own user
+set -eu
+
+given=/mosquitto/config/mosquitto.conf
+# What the broker reads. Its listeners stand at the end.
+used=/run/mosquitto.conf
+
+# The broker itself takes a key that everybody may read.
+check() {
+    named="overlays/secure/secrets/broker/$1"
+    case $(ls -l "/run/broker/$1" 2>/dev/null) in
+    ?r??------*) return ;;
+    '') echo "cannot start: $named: missing; overlays/secure/setup says how to mend it" >&2 ;;
+    *) echo "cannot start: $named: others may read it; sudo chmod 400 it" >&2 ;;
+    esac
+    exit 1
+}
+
+case $1 in
+start)
+    check server.key
+    check passwords
+    check acl
+    cp "$given" "$used"
+    chown 1883:1883 "$used"
+    exec mosquitto -c "$used" ;;
+reload)
+    # Without the listeners: where it reads them again, 2.0 forgets their max_connections. It
+    # keeps those that it has.
+    sed '/^listener /,$d' "$given" >"$used"
+    # From within: after `docker kill -s HUP` the engine takes the container for stopped by
+    # hand, and does not start it again after the machine's next boot.
+    kill -HUP 1 ;;
+esac

@@ -1,0 +1,46 @@
+# What `setup` and `device` have in common; both read it in. Expects $here, this folder.
+# Nothing is changed here.
+# shellcheck shell=sh disable=SC2034,SC2154
+
+LC_ALL=C # else A-Z may take in more than these
+export LC_ALL
+secrets=$here/secrets
+shown=overlays/secure/secrets
+checkout=$(CDPATH='' cd -- "$here/../.." && pwd -P)
+IMAGE=eclipse-mosquitto:2
+
+die() {
+    echo "$*" >&2
+    exit 1
+}
+
+no_docker() {
+    die 'Docker could not change the files in secrets/; is it running, and may you use it?'
+}
+
+# in_container FOLDER COMMAND...: as root, which may give files to other users, or read
+# theirs, where the caller may not. The image is one that the stack needs anyway.
+in_container() {
+    folder=$1
+    shift
+    docker run --rm --interactive --network none --user 0 --entrypoint '' \
+        --mount "type=bind,source=$folder,target=/mounted" \
+        --mount "type=bind,source=$here/users.sh,target=/users.sh,readonly" \
+        "$IMAGE" "$@"
+}
+
+# users FOLDER COMMAND...: see users.sh. FOLDER is the broker's.
+users() {
+    folder=$1
+    shift
+    in_container "$folder" sh /users.sh "$@"
+}
+
+compose() {
+    docker compose --project-directory "$checkout" -f "$checkout/docker-compose.yml" \
+        -f "$here/docker-compose.yml" "$@"
+}
+
+is_up() {
+    [ -n "$(compose ps --status running --quiet "$1")" ]
+}

@@ -1,0 +1,74 @@
+#!/bin/sh
+# Changes the broker's users; runs as root in a container of the broker's image, with the
+# broker's folder of secrets at /mounted. The list of users is the password file, the access
+# rights are written anew from it each time.
+#
+#   users.sh add USER      the password is on standard input, as it must not be an argument
+#   users.sh remove USER
+#   users.sh list          the devices
+set -eu
+umask 077
+cd /mounted
+
+# Another run waits, or one would undo what the other does.
+exec 9>lock
+flock 9
+
+own_users='homelab-ingester|operator'
+
+# put_in_place FILE: FILE.new becomes FILE, in one step, so that the broker never reads half.
+put_in_place() {
+    chown 1883:1883 "$1.new"
+    chmod 400 "$1.new"
+    mv -f "$1.new" "$1"
+}
+
+is_user() {
+    [ -e passwords ] && cut -d : -f 1 passwords | grep -Fqx -e "$1"
+}
+
+devices() {
+    cut -d : -f 1 passwords | grep -Evx -e "$own_users" || true
+}
+
+write_acl() {
+    cat >acl.new <<'EOF'
+# Written by overlays/secure/device. What is not here is refused.
+user homelab-ingester
+topic read qs/v1/+/events
+topic write qs/v1/+/acks
+topic write qs/v1/deadletter
+topic write qs/v1/ingester/status
+topic read $SYS/broker/publish/messages/dropped
+
+user operator
+topic read #
+topic read $SYS/#
+EOF
+    # A user name holds `=` where the device's id holds `:`, which ends a user name here.
+    devices | while IFS= read -r user; do
+        id=$(printf %s "$user" | tr '=' ':')
+        printf '\nuser %s\ntopic write qs/v1/%s/events\ntopic read qs/v1/%s/acks\n' \
+            "$user" "$id" "$id"
+    done >>acl.new
+    put_in_place acl
+}
+
+case $1 in
+add)
+    if is_user "$2"; then exit 3; fi
+    IFS= read -r password
+    printf '%s:%s\n' "$2" "$password" >added.new
+    mosquitto_passwd -U added.new
+    if [ -e passwords ]; then cat passwords; fi | cat - added.new >passwords.new
+    rm added.new
+    put_in_place passwords
+    write_acl ;;
+remove)
+    if ! is_user "$2"; then exit 4; fi
+    awk -F : -v user="$2" '$1 != user' passwords >passwords.new
+    put_in_place passwords
+    write_acl ;;
+list)
+    devices | tr '=' ':' ;;
+esac
