@@ -14,11 +14,14 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from types import FrameType
+from typing import Any
 
 from dotenv import load_dotenv
 
 from ingester.broker import Broker
+from ingester.decoder import Decoder
 from ingester.ingest import ingest
 from ingester.outage import Outage
 from ingester.progress import OFFLINE, Progress, State
@@ -43,7 +46,8 @@ class Daemon:
         self._settings = settings
         self._stopping = False
         self._broker = Broker(settings, last_will=OFFLINE)
-        self._store = Store(settings.database, meanwhile=self._broker.take_in)
+        self._store = Store(settings.database, meanwhile=self._meanwhile)
+        self._decoder = Decoder(settings.topics, settings.device_default_tz)
         self._database = Outage("Postgres")
         self._progress = Progress(settings.heartbeat_file)
         self._answered_at = 0.0
@@ -74,15 +78,19 @@ class Daemon:
         batch = self._broker.receive(self._settings.batch_max, TURN_SECONDS)
         began_at = time.monotonic()
         if batch:
-            topics = self._settings.topics
-            done = ingest(batch, self._store, topics, self._settings.device_default_tz)
+            done = ingest(batch, self._store, self._decoder)
             self._broker.settle(batch[: done.messages], done.replies)
-            self._progress.settled(done.counts, time.monotonic() - began_at)
+            self._progress.settled(done.counts(), time.monotonic() - began_at)
             self._answered_at = began_at
         elif began_at - self._answered_at > PING_SECONDS:
             self._store.ping()
             self._answered_at = began_at
         self._database.over()
+
+    def _meanwhile(self) -> Sequence[Any] | None:
+        """Do a step of what can be done while the database works; see Store."""
+        sockets = self._broker.take_in()
+        return None if self._decoder.decode_ahead(self._broker.messages) else sockets
 
     def _report(self) -> None:
         """Tell log, healthcheck and status topic how it is, as far as it is time to."""

@@ -1,7 +1,7 @@
 """The hot path: one batch of messages in, what is to be published out.
 
-What it does: decodes, stores, keeps what cannot be stored, and answers each event. What it
-does not: receive, publish or PUBACK.
+What it does: stores, keeps what cannot be stored, and answers each event. What it
+does not: look into a payload (decoder.py), receive, publish or PUBACK.
 
 Invariant: when ingest() returns, every event of the batch is a committed row of `events`
 or of `dead_letters`. When it raises, nothing may be PUBACKed, and the same batch can be
@@ -10,55 +10,51 @@ given again: what was stored comes out as a duplicate, which gets the very same 
 
 from collections import Counter
 from collections.abc import Sequence
-from datetime import tzinfo
 from typing import NamedTuple
 
 from ingester.broker import Message
-from ingester.event import Event, decode, elements
+from ingester.decoder import Decoded, Decoder
+from ingester.event import Event, elements
 from ingester.rejection import DeadLetter, Reason, Rejection
 from ingester.reply import Reply, ack, ack_for, dead_letter_for
 from ingester.store import Outcome, Store
 from ingester.topic import Topics
 
-# Once a batch has this many events, its other messages wait for the next one: a message may
-# hold a thousand, each with an answer.
-EVENTS_MAX = 5_000
-
 
 class Ingested(NamedTuple):
-    """How many of the messages were ingested, what to publish, and what to count."""
+    """What became of the messages that were ingested, and what to publish."""
 
     messages: int
+    outcomes: list[Outcome | Rejection]  # of the valid events
+    invalid: int  # events that are not
+    dead_lettered: int
     replies: list[Reply]
-    counts: Counter[str]
+
+    def counts(self) -> Counter[str]:
+        """Return what to count."""
+        stored = self.outcomes.count(Outcome.STORED)
+        duplicates = self.outcomes.count(Outcome.DUPLICATE)
+        received = len(self.outcomes) + self.invalid
+        return Counter(
+            messages=self.messages,
+            received=received,
+            stored=stored,
+            duplicates=duplicates,
+            rejected=received - stored - duplicates,
+            dead_lettered=self.dead_lettered,
+        )
 
 
-class Decoded(NamedTuple):
-    """A message and what its payload held; device_id is None if its topic names none."""
-
-    message: Message
-    device_id: str | None
-    results: list[Event | Rejection]
-    is_array: bool
-
-
-def ingest(
-    messages: Sequence[Message], store: Store, topics: Topics, default_tz: tzinfo
-) -> Ingested:
+def ingest(messages: Sequence[Message], store: Store, decoder: Decoder) -> Ingested:
     """Store the events of the messages, or of the first of them; say what to publish.
 
     Raises StoreUnavailable.
     """
-    batch: list[Decoded] = []
-    size = 0
-    for message in messages:
-        batch.append(_decode(message, topics, default_tz))
-        size += len(batch[-1].results)
-        if size >= EVENTS_MAX:
-            break
-    events = [result for item in batch for result in item.results if isinstance(result, Event)]
+    batch = decoder.take(messages)
+    topics = decoder.topics
+    results = [result for item in batch for result in item.results]
+    events = [result for result in results if isinstance(result, Event)]
     outcomes = store.insert(events)
-    counts = _counts(len(batch), size, outcomes)
 
     outcome = iter(outcomes)
     acks: list[Reply] = []
@@ -72,37 +68,12 @@ def ingest(
         letters += _dead_letters(item, rejections)
 
     ids = store.keep(letters)
-    counts["dead_lettered"] = len(letters)
     dead_letters = [
         dead_letter_for(topics.deadletter, letter_id, letter)
         for letter_id, letter in zip(ids, letters, strict=True)
     ]
-    return Ingested(len(batch), acks + dead_letters, counts)
-
-
-def _counts(messages: int, received: int, outcomes: list[Outcome | Rejection]) -> Counter[str]:
-    stored, duplicates = outcomes.count(Outcome.STORED), outcomes.count(Outcome.DUPLICATE)
-    return Counter(
-        messages=messages,
-        received=received,
-        stored=stored,
-        duplicates=duplicates,
-        rejected=received - stored - duplicates,
-    )
-
-
-def _decode(message: Message, topics: Topics, default_tz: tzinfo) -> Decoded:
-    device_id = topics.device_id(message.topic)
-    try:
-        if device_id is None:
-            # A kept session still delivers what an earlier MQTT_EVENTS_TOPIC matched.
-            raise Rejection(Reason.DEVICE_MISMATCH, "the topic is not one of MQTT_EVENTS_TOPIC")
-        decoded = decode(device_id, message.payload, default_tz)
-    except Rejection as rejection:
-        return Decoded(message, device_id, [rejection], is_array=False)
-    if isinstance(decoded, list):
-        return Decoded(message, device_id, decoded, is_array=True)
-    return Decoded(message, device_id, [decoded], is_array=False)
+    invalid = len(results) - len(events)
+    return Ingested(len(batch), outcomes, invalid, len(letters), acks + dead_letters)
 
 
 def _rejection(verdict: Outcome | Rejection) -> Rejection | None:
@@ -125,7 +96,7 @@ def _acks(item: Decoded, rejections: list[Rejection | None], topics: Topics) -> 
         ack(device_id, result.event_id, rejection)
         for result, rejection in zip(item.results, rejections, strict=True)
     ]
-    return [ack_for(topic, answers if item.is_array else answers[0])]
+    return [ack_for(topic, answers, is_array=item.is_array)]
 
 
 def _dead_letters(item: Decoded, rejections: list[Rejection | None]) -> list[DeadLetter]:

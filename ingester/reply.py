@@ -10,7 +10,7 @@ larger than the broker takes would disconnect the ingester, again and again.
 import base64
 import json
 from datetime import UTC, datetime
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ingester.event import SCHEMA
 from ingester.rejection import DeadLetter, Rejection
@@ -33,22 +33,29 @@ def timestamp(moment: datetime) -> str:
     return moment.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-def ack(device_id: str, event_id: str | None, rejection: Rejection | None) -> dict[str, Any]:
-    """Return the answer to one event: stored, or rejected if there is a rejection."""
+def ack(device_id: str, event_id: str | None, rejection: Rejection | None) -> str:
+    """Return the answer to one event, in JSON: stored, or rejected if there is a rejection."""
+    if rejection is None:
+        # By hand, as it is what mostly is said: an encoder takes five times as long.
+        return (
+            f'{{"schema": {SCHEMA}, "event_id": {_TO_JSON.encode(event_id)}, '
+            f'"device_id": {_TO_JSON.encode(device_id)}, "status": "stored"}}'
+        )
     answer = {
         "schema": SCHEMA,
         "event_id": event_id,
         "device_id": device_id,
-        "status": "stored" if rejection is None else "rejected",
+        "status": "rejected",
+        "reason": rejection.reason,
+        "error": rejection.error,
     }
-    if rejection is not None:
-        answer |= {"reason": rejection.reason, "error": rejection.error}
-    return answer
+    return _TO_JSON.encode(answer)
 
 
-def ack_for(topic: str, answers: dict[str, Any] | list[dict[str, Any]]) -> Reply:
+def ack_for(topic: str, answers: list[str], *, is_array: bool) -> Reply:
     """Return the ACK of one message: an object, or an array if an array was sent."""
-    return Reply(topic, _TO_JSON.encode(answers).encode("utf-8"))
+    text = f"[{', '.join(answers)}]" if is_array else answers[0]
+    return Reply(topic, text.encode("utf-8"))
 
 
 def dead_letter_for(topic: str, letter_id: int, letter: DeadLetter) -> Reply:

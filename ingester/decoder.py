@@ -1,0 +1,96 @@
+"""From messages to decoded ones, in their order, and the next ones ahead.
+
+What it does: gathers the decoded messages of a batch, and uses the time in which the database
+works to decode what comes after it. What it does not: say what is valid (event.py), or store.
+
+Invariant: what was decoded ahead is used for that very message or not at all. Decoding looks
+at nothing else, so it makes no difference when it is done.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from datetime import tzinfo
+from itertools import islice
+from typing import NamedTuple
+
+from ingester.broker import Message
+from ingester.event import Event, decode
+from ingester.rejection import Reason, Rejection
+from ingester.topic import Topics
+
+# Once a batch has this many events, its other messages wait for the next one: a message may
+# hold a thousand, each with an answer. No more than this is decoded ahead.
+EVENTS_MAX = 2_500
+# Decoded ahead at once, in half a millisecond; then whoever called can look about.
+AHEAD_EVENTS = 64
+
+
+class Decoded(NamedTuple):
+    """A message and what its payload held; device_id is None if its topic names none."""
+
+    message: Message
+    device_id: str | None
+    results: list[Event | Rejection]
+    is_array: bool
+
+
+class Decoder:
+    """Decodes by the settings that it was made with."""
+
+    def __init__(self, topics: Topics, default_tz: tzinfo) -> None:
+        self.topics = topics
+        self._default_tz = default_tz
+        self._taken = 0
+        # Of the messages behind those taken.
+        self._ahead: deque[Decoded] = deque()
+        self._ahead_events = 0
+
+    def take(self, messages: Sequence[Message]) -> list[Decoded]:
+        """Return what the messages hold, or the first of them if that is much."""
+        batch: list[Decoded] = []
+        events = 0
+        for message in messages:
+            if self._ahead and self._ahead[0].message is message:
+                item = self._ahead.popleft()
+                self._ahead_events -= len(item.results)
+            else:
+                # Nothing is ahead; or the connection was lost, or a batch is tried again.
+                self._ahead.clear()
+                self._ahead_events = 0
+                item = self._decode(message)
+            batch.append(item)
+            events += len(item.results)
+            if events >= EVENTS_MAX:
+                break
+        self._taken = len(batch)
+        return batch
+
+    def decode_ahead(self, messages: Sequence[Message]) -> bool:
+        """Decode some of what comes behind the messages taken; say whether there is more.
+
+        `messages` are all in hand: those that were taken last, then the others.
+        """
+        new_events = 0
+        for message in islice(messages, self._taken + len(self._ahead), None):
+            if new_events >= AHEAD_EVENTS:
+                return True
+            if self._ahead_events >= EVENTS_MAX:
+                return False
+            item = self._decode(message)
+            self._ahead.append(item)
+            self._ahead_events += len(item.results)
+            new_events += len(item.results)
+        return False
+
+    def _decode(self, message: Message) -> Decoded:
+        device_id = self.topics.device_id(message.topic)
+        try:
+            if device_id is None:
+                # A kept session still delivers what an earlier MQTT_EVENTS_TOPIC matched.
+                raise Rejection(Reason.DEVICE_MISMATCH, "the topic is not one of MQTT_EVENTS_TOPIC")
+            decoded = decode(device_id, message.payload, self._default_tz)
+        except Rejection as rejection:
+            return Decoded(message, device_id, [rejection], is_array=False)
+        if isinstance(decoded, list):
+            return Decoded(message, device_id, decoded, is_array=True)
+        return Decoded(message, device_id, [decoded], is_array=False)
