@@ -378,7 +378,8 @@ class Broker:
             self._short_lived = 0
             self._outage.failed(explain(error, host, port))
             return False
-        return True
+        # It may be lost by now: CONNECT is written at once.
+        return self._client.socket() is not None
 
     def _drop(self, error: str) -> None:
         """Give up a connection that is of no use."""
