@@ -1,7 +1,8 @@
 """The daemon: wiring, signals, the loop, exit codes. Run by `python -m ingester.app`.
 
-What it does: moves batches from the broker through ingest() and back, and waits out the
-outages of the database. What it does not: know SQL, paho or the event contract.
+What it does: moves batches from the broker through ingest() and back, waits out the outages
+of the database, and lets old rows be deleted in between. What it does not: know SQL, paho or
+the event contract.
 
 Invariant: a batch is settled only after ingest() has returned for it. Whatever else
 happens it stays in hand, and stays with the broker, to be tried again.
@@ -22,6 +23,7 @@ from ingester.broker import Broker
 from ingester.ingest import ingest
 from ingester.outage import Outage
 from ingester.progress import OFFLINE, Progress, State
+from ingester.retention import Retention
 from ingester.settings import Settings, SettingsError
 from ingester.store import Store, StoreUnavailable
 
@@ -45,6 +47,7 @@ class Daemon:
         self._broker = Broker(settings, last_will=OFFLINE)
         self._store = Store(settings.database, meanwhile=self._broker.take_in)
         self._database = Outage("Postgres")
+        self._retention = Retention(self._store, settings.retention_days)
         self._progress = Progress(settings.heartbeat_file)
         self._answered_at = 0.0
 
@@ -61,9 +64,11 @@ class Daemon:
             else:
                 try:
                     self._turn()
+                    self._retention.turn()
                 except StoreUnavailable as error:
                     self._database.failed(str(error))
             self._report()
+        self._retention.close()
         self._broker.close(OFFLINE)
         self._store.close()
         logging.info("stopped")
@@ -71,7 +76,8 @@ class Daemon:
     def _turn(self) -> None:
         """Settle what has arrived, or wait a moment for something to arrive."""
         self._store.connect()
-        batch = self._broker.receive(self._settings.batch_max, TURN_SECONDS)
+        seconds_max = min(TURN_SECONDS, self._retention.pause_seconds())
+        batch = self._broker.receive(self._settings.batch_max, seconds_max)
         began_at = time.monotonic()
         if batch:
             topics = self._settings.topics
