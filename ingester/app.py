@@ -1,7 +1,8 @@
 """The daemon: wiring, signals, the loop, exit codes. Run by `python -m ingester.app`.
 
-What it does: moves batches from the broker through ingest() and back, and waits out the
-outages of the database. What it does not: know SQL, paho or the event contract.
+What it does: moves batches from the broker through ingest() and back, waits out the outages
+of the database, and lets old rows be deleted in between. What it does not: know SQL, paho or
+the event contract.
 
 Invariant: a batch is settled only after ingest() has returned for it. Whatever else
 happens it stays in hand, and stays with the broker, to be tried again.
@@ -25,6 +26,7 @@ from ingester.decoder import Decoder
 from ingester.ingest import ingest
 from ingester.outage import Outage
 from ingester.progress import OFFLINE, Progress, State
+from ingester.retention import Retention
 from ingester.settings import Settings, SettingsError
 from ingester.store import Store, StoreUnavailable
 
@@ -49,6 +51,7 @@ class Daemon:
         self._store = Store(settings.database, meanwhile=self._meanwhile)
         self._decoder = Decoder(settings.topics, settings.device_default_tz)
         self._database = Outage("Postgres")
+        self._retention = Retention(self._store, settings.retention_days)
         self._progress = Progress(settings.heartbeat_file)
         self._answered_at = 0.0
 
@@ -65,9 +68,11 @@ class Daemon:
             else:
                 try:
                     self._turn()
+                    self._retention.turn()
                 except StoreUnavailable as error:
                     self._database.failed(str(error))
             self._report()
+        self._retention.close()
         self._broker.close(OFFLINE)
         self._store.close()
         logging.info("stopped")
@@ -75,7 +80,8 @@ class Daemon:
     def _turn(self) -> None:
         """Settle what has arrived, or wait a moment for something to arrive."""
         self._store.connect()
-        batch = self._broker.receive(self._settings.batch_max, TURN_SECONDS)
+        seconds_max = min(TURN_SECONDS, self._retention.pause_seconds())
+        batch = self._broker.receive(self._settings.batch_max, seconds_max)
         began_at = time.monotonic()
         if batch:
             done = ingest(batch, self._store, self._decoder)

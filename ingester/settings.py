@@ -33,8 +33,8 @@ class Settings:
     """Everything that can be configured; .env documents each variable.
 
     `database` holds what libpq is told; what its own variables (PGHOST, ...) say is not in
-    it, because libpq reads those itself. `mqtt_tls` is None for none. `heartbeat_file` is
-    None where nobody looks at it.
+    it, because libpq reads those itself. `mqtt_tls` is None for none. `retention_days` is
+    None for ever. `heartbeat_file` is None where nobody looks at it.
     """
 
     database: Mapping[str, str | int] = field(repr=False)
@@ -48,6 +48,7 @@ class Settings:
     device_default_tz: ZoneInfo
     log_level: str
     batch_max: int
+    retention_days: int | None
     heartbeat_file: str | None
 
     @classmethod
@@ -82,6 +83,8 @@ class Settings:
             device_default_tz=_time_zone(env, "DEVICE_DEFAULT_TZ", problems),
             log_level=log_level,
             batch_max=_integer(env, "BATCH_MAX", 500, 10_000, problems),
+            # Empty or absent: 0. As a number, 0 is refused, as it could mean two things.
+            retention_days=_integer(env, "RETENTION_DAYS", 0, 36_500, problems) or None,
             heartbeat_file=env.get("HEARTBEAT_FILE") or None,
         )
         problems += topic_problems(topics)

@@ -34,6 +34,9 @@ log = logging.getLogger(__name__)
 # A frozen server answers nothing, and neither keepalives nor tcp_user_timeout notice it.
 ANSWER_SECONDS_MAX = 10.0
 CONNECT_SECONDS_MAX = 5.0
+# Old rows deleted at once, as what arrives meanwhile waits. With 1,000 a million rows go in 24 s
+# and the 99th percentile of the ACKs is 7 ms; with 250, in 28 s and 4 ms.
+DELETED_ROWS_MAX = 250
 
 _INSERT = (
     f"INSERT INTO events ({', '.join(Event._fields)}) VALUES {{rows}} "
@@ -57,6 +60,13 @@ class Outcome(Enum):
     STORED = "stored"
     DUPLICATE = "duplicate"  # its id and content were there already
     CONFLICT = "conflict"  # its id was there with other content, which stays
+
+
+class Table(Enum):
+    """What grows: a table, its key, and the column that says how old a row is."""
+
+    EVENTS = ("events", "event_id", "ts_server")
+    DEAD_LETTERS = ("dead_letters", "id", "received_at")
 
 
 class StoreUnavailable(Exception):
@@ -282,6 +292,32 @@ class Store:
                 ready = select.select([*reading, *(others or ())], writing, [], seconds_max)
                 if connection in ready[0] or ready[1]:
                     break
+
+    def delete_old(self, table: Table, days: int, since: str) -> tuple[int, str]:
+        """Delete a batch of the oldest rows, of those that are older than so many days.
+
+        Return how many, and the time to give as `since` to the next call: the index still
+        has all that was deleted, and would be walked through again from its beginning.
+        """
+        name, key, time_column = table.value
+        is_old = f"{time_column} < now() - {days} * interval '1 day'"
+        # Two statements, as Citus deletes by neither LIMIT nor ctid. The time as text, since
+        # PostgreSQL's years are more than Python's; ordered by the column, not by that text.
+        rows = self._run(
+            f"SELECT {key}, {time_column}::text FROM {name} WHERE {time_column} >= %s"
+            f" AND {is_old} ORDER BY {name}.{time_column} LIMIT {DELETED_ROWS_MAX}",
+            (since,),
+        )
+        if not rows:
+            return 0, since
+        # A key may have been deleted and stored anew between the two. And where somebody else
+        # holds a row locked, events are not to wait: the limit is set before the first row.
+        deleted = self._run(
+            f"DELETE FROM {name} WHERE {key} = ANY(%s) AND {is_old}"
+            f" AND (SELECT set_config('lock_timeout', '500ms', true)) <> '' RETURNING {key}",
+            ([row[0] for row in rows],),
+        )
+        return len(deleted), rows[-1][1]
 
 
 class _EventRefused(StoreUnavailable):

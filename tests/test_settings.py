@@ -78,6 +78,7 @@ def test_the_file_has_the_documented_variables_and_values() -> None:
         "DEVICE_DEFAULT_TZ": "UTC",
         "LOG_LEVEL": "INFO",
         "BATCH_MAX": "500",
+        "RETENTION_DAYS": "",
     }
 
 
@@ -102,6 +103,7 @@ def test_the_files_values_make_these_settings() -> None:
         device_default_tz=ZoneInfo("UTC"),
         log_level="INFO",
         batch_max=500,
+        retention_days=None,
         heartbeat_file=None,
     )
 
@@ -167,6 +169,7 @@ def test_every_variable_reaches_its_setting() -> None:
             "DEVICE_DEFAULT_TZ": "America/Los_Angeles",
             "LOG_LEVEL": "debug",
             "BATCH_MAX": "7",
+            "RETENTION_DAYS": "30",
             "HEARTBEAT_FILE": "/tmp/heartbeat",
             "POSTGRES_PORT": "5433",
         }
@@ -177,6 +180,7 @@ def test_every_variable_reaches_its_setting() -> None:
     assert made.topics == Topics("home/+/in", "home/{device_id}/out", "home/dead", "home/status")
     assert made.device_default_tz == ZoneInfo("America/Los_Angeles")
     assert (made.log_level, made.batch_max) == ("DEBUG", 7)
+    assert made.retention_days == 30
     assert made.heartbeat_file == "/tmp/heartbeat"
     assert made.database["port"] == 5433
 
@@ -270,6 +274,7 @@ BAD = {
     "MQTT_PORT": "65536",
     "DEVICE_DEFAULT_TZ": "Mars/Olympus",
     "BATCH_MAX": "0",
+    "RETENTION_DAYS": "0",
     "MQTT_EVENTS_TOPIC": "qs/#",
     "ACK_TEMPLATE": "qs/acks",
     "MQTT_DEADLETTER_TOPIC": "+",
@@ -310,14 +315,18 @@ def test_a_password_without_a_username_names_the_username() -> None:
     assert "hunter2" not in problem
 
 
-NUMBERS = [("MQTT_PORT", 65_535), ("POSTGRES_PORT", 65_535), ("BATCH_MAX", 10_000)]
+NUMBERS = [
+    *(("MQTT_PORT", 65_535), ("POSTGRES_PORT", 65_535)),
+    *(("BATCH_MAX", 10_000), ("RETENTION_DAYS", 36_500)),
+]
 
 
 @pytest.mark.parametrize(("name", "number_max"), NUMBERS)
 def test_a_number_may_be_from_1_to_its_limit(name: str, number_max: int) -> None:
     for number in (1, 2, number_max - 1, number_max):
         made = Settings.from_env(DOTENV | {name: str(number)})
-        assert number in (made.mqtt_port, made.database["port"], made.batch_max)
+        taken = made.mqtt_port, made.database["port"], made.batch_max, made.retention_days
+        assert number in taken
     for number in (0, number_max + 1, number_max * 10):
         (problem,) = problems_of(DOTENV | {name: str(number)})
         assert problem.startswith(f"{name}: expected a whole number from 1 to {number_max}")

@@ -8,6 +8,8 @@ set -eu
 given=/mosquitto/config/mosquitto.conf
 # What the broker reads. Its listeners stand at the end.
 used=/run/mosquitto.conf
+# And its users' rights, in a folder of its own.
+rights=/run/mosquitto
 
 # The broker itself takes a key that everybody may read.
 check() {
@@ -20,15 +22,27 @@ check() {
     exit 1
 }
 
+# Made anew each time, and in one step, so that the broker never reads half.
+write_acl() {
+    (cd /run/broker && sh /mosquitto/users.sh acl) >"$rights/acl.new"
+    chmod 400 "$rights/acl.new"
+    mv -f "$rights/acl.new" "$rights/acl"
+}
+
 case $1 in
 start)
     check server.key
     check passwords
-    check acl
+    mkdir -p "$rights"
+    write_acl
     cp "$given" "$used"
-    chown 1883:1883 "$used"
+    chown -R 1883:1883 "$used" "$rights"
     exec mosquitto -c "$used" ;;
 reload)
+    # One after the other, or the one that began first might end last.
+    exec 9>"$rights/lock"
+    flock 9
+    write_acl
     # Without the listeners: where it reads them again, 2.0 forgets their max_connections. It
     # keeps those that it has.
     sed '/^listener /,$d' "$given" >"$used"

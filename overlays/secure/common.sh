@@ -23,7 +23,7 @@ no_docker() {
 in_container() {
     folder=$1
     shift
-    docker run --rm --interactive --network none --user 0 --entrypoint '' \
+    docker run --rm --interactive --network none --user 0 --entrypoint '' --workdir /mounted \
         --mount "type=bind,source=$folder,target=/mounted" \
         --mount "type=bind,source=$here/users.sh,target=/users.sh,readonly" \
         "$IMAGE" "$@"

@@ -1,20 +1,22 @@
 #!/bin/sh
-# Changes the broker's users; runs as root in a container of the broker's image, with the
-# broker's folder of secrets at /mounted. The list of users is the password file, the access
-# rights are written anew from it each time.
+# The broker's users, and what each may do. Works in the broker's folder of secrets, where the
+# list of users is the password file. Runs as root in a container of the broker's image; `acl`
+# in the broker's own, which asks for it whenever it reads its users.
 #
 #   users.sh add USER      the password is on standard input, as it must not be an argument
 #   users.sh remove USER
 #   users.sh list          the devices
+#   users.sh acl           the access rights, as the broker reads them
 set -eu
 umask 077
-cd /mounted
-
-# Another run waits, or one would undo what the other does.
-exec 9>lock
-flock 9
 
 own_users='homelab-ingester|operator'
+
+# Another run waits, or one would undo what the other does.
+lock() {
+    exec 9>lock
+    flock 9
+}
 
 # put_in_place FILE: FILE.new becomes FILE, in one step, so that the broker never reads half.
 put_in_place() {
@@ -31,14 +33,14 @@ devices() {
     cut -d : -f 1 passwords | grep -Evx -e "$own_users" || true
 }
 
-write_acl() {
-    cat >acl.new <<'EOF'
-# Written by overlays/secure/device. What is not here is refused.
+acl() {
+    # What is not here is refused. The ingester's tools read what it writes.
+    cat <<'EOF'
 user homelab-ingester
 topic read qs/v1/+/events
-topic write qs/v1/+/acks
-topic write qs/v1/deadletter
-topic write qs/v1/ingester/status
+topic readwrite qs/v1/+/acks
+topic readwrite qs/v1/deadletter
+topic readwrite qs/v1/ingester/status
 topic read $SYS/broker/publish/messages/dropped
 
 user operator
@@ -50,25 +52,26 @@ EOF
         id=$(printf %s "$user" | tr '=' ':')
         printf '\nuser %s\ntopic write qs/v1/%s/events\ntopic read qs/v1/%s/acks\n' \
             "$user" "$id" "$id"
-    done >>acl.new
-    put_in_place acl
+    done
 }
 
 case $1 in
 add)
+    lock
     if is_user "$2"; then exit 3; fi
     IFS= read -r password
     printf '%s:%s\n' "$2" "$password" >added.new
     mosquitto_passwd -U added.new
     if [ -e passwords ]; then cat passwords; fi | cat - added.new >passwords.new
     rm added.new
-    put_in_place passwords
-    write_acl ;;
+    put_in_place passwords ;;
 remove)
+    lock
     if ! is_user "$2"; then exit 4; fi
     awk -F : -v user="$2" '$1 != user' passwords >passwords.new
-    put_in_place passwords
-    write_acl ;;
+    put_in_place passwords ;;
 list)
     devices | tr '=' ':' ;;
+acl)
+    acl ;;
 esac

@@ -30,7 +30,8 @@ GRANT SELECT ON events, dead_letters TO reader;
 -- And what is added later, by whoever runs these files.
 ALTER DEFAULT PRIVILEGES IN SCHEMA public GRANT SELECT ON TABLES TO reader;
 
--- It reads events to tell a duplicate from a conflict, and no dead letter but the id of the
--- one that it has just written.
-GRANT SELECT, INSERT ON events TO ingester;
+-- It reads events to tell a duplicate from a conflict, and deletes them when they are older
+-- than RETENTION_DAYS. Of a dead letter, here, no more than the id of the one that it has just
+-- written; the rest stands in 004.
+GRANT SELECT, INSERT, DELETE ON events TO ingester;
 GRANT SELECT (id), INSERT ON dead_letters TO ingester;
