@@ -41,6 +41,13 @@ def load_up_to(postgres: Postgres, rows: int) -> None:
     postgres.psql("CHECKPOINT")
 
 
+def remove_all_others(postgres: Postgres) -> None:
+    """Leave the rows of ours alone: nobody's year ends with two million events in a minute."""
+    postgres.psql("DELETE FROM events WHERE event_id NOT LIKE 'load-%'")
+    postgres.psql("VACUUM ANALYZE events")
+    postgres.psql("CHECKPOINT")
+
+
 def measure(postgres: Postgres, rounds: int) -> dict[str, float]:
     """Return the median time of each query of the README, in milliseconds."""
     readme = (CHECKOUT / "README.md").read_text()

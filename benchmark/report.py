@@ -41,7 +41,7 @@ def _figures(systems: Results, name: str) -> dict[str, str]:
     for per_second in systems[name][0]["latency"]:
         at = [figure("latency", per_second, key) for key in ("p50_ms", "p99_ms", "max_ms")]
         rows[f"ACK at {int(per_second):,}/s: p50 / p99 / max, ms"] = " / ".join(
-            f"{value:.1f}" for value in at
+            f"{value:.2f}" for value in at
         )
     rows["memory at most, MB"] = f"{figure('memory_mb'):.0f}"
     return rows

@@ -40,7 +40,7 @@ OUTBOX_MAX = 1_000  # events; an ESP32 has room for some hundred in RAM, and for
 IN_FLIGHT_MAX = 100  # events without an ACK; after an outage the others follow as ACKs come
 RESEND_FACTOR_MAX = 8  # the wait doubles up to this: an absent ingester's broker keeps each copy
 RETRY_SECONDS_MIN = 1.0  # to the next attempt to connect; doubled after each, up to ..._MAX
-RETRY_SECONDS_MAX = 30.0
+RETRY_SECONDS_MAX = 10.0
 KEEPALIVE_SECONDS = 15  # a broker that is silent for twice this is gone; PubSubClient's default
 TURN_SECONDS_MAX = 0.25
 DEVICES_MAX = 300  # paho waits with select(): descriptors up to 1,023, and a client has three
@@ -255,12 +255,15 @@ def waiting(devices: Sequence[Device]) -> int:
 def summary(devices: Sequence[Device]) -> str:
     """Say in one line what the senders have done and heard."""
     latencies = sorted(it for device in devices for it in device.latencies_ms.copy())
-    p50, p99 = (latencies[len(latencies) * n // 100] if latencies else math.nan for n in (50, 99))
+    delay = "no ACK"
+    if latencies:
+        p50, p99 = (latencies[len(latencies) * percent // 100] for percent in (50, 99))
+        delay = f"ACK after {p50:.0f} ms (p50) {p99:.0f} ms (p99)"
     trouble = [f" ({device.trouble})" for device in devices if not device.connected]
     return (
         f"{total(devices, 'made')} events: {total(devices, 'stored')} stored,"
         f" {total(devices, 'rejected')} rejected, {waiting(devices)} waiting,"
-        f" {total(devices, 'dropped')} dropped; ACK after {p50:.0f} ms (p50) {p99:.0f} ms (p99);"
+        f" {total(devices, 'dropped')} dropped; {delay};"
         f" {total(devices, 'resent')} sent again, {total(devices, 'lost')} ACKs lost;"
         f" {total(devices, 'connected')} of {len(devices)} connected{''.join(trouble[:1])}"
     )
@@ -278,6 +281,8 @@ def watch(devices: Sequence[Device], over: Callable[[], bool], seconds_max: floa
             if in_place:
                 line = "\r\x1b[K" + line[: shutil.get_terminal_size().columns - 1]
             print(line, end="\r" if in_place else "\n", flush=True)
+    if in_place:
+        print("\r\x1b[K", end="")
 
 
 def simulate(devices: Sequence[Device], patience_seconds: float) -> bool:

@@ -444,3 +444,33 @@ def test_a_frozen_database_makes_the_ingester_unhealthy_and_loses_nothing(stack:
     assert stack.event_ids("frozen") == {"frozen-1"}
     assert stack.inspect("ingester")["RestartCount"] == 0
     stack.wait_healthy()
+
+
+# --- the demo --------------------------------------------------------------------------
+
+
+DEMO_DEVICES = "SELECT count(DISTINCT device_id) FROM events WHERE device_id LIKE 'sim-%'"
+
+
+def test_the_demo_is_not_there_unless_asked_for_and_then_its_events_are_stored(
+    stack: Compose,
+) -> None:
+    assert "demo" not in stack.compose("config", "--services").split()
+    demo = ("--profile", "demo")
+    stack.compose(*demo, "up", "-d", "--wait")
+    try:
+        wait_until(lambda: stack.psql(DEMO_DEVICES) == "5", "an event of each of five devices")
+        host = json.loads(stack.run("docker", "inspect", "homelab-demo").stdout)[0]["HostConfig"]
+        assert host["ReadonlyRootfs"]
+        assert host["CapDrop"] == ["ALL"]
+        assert host["SecurityOpt"] == ["no-new-privileges:true"]
+        assert host["LogConfig"]["Config"] == {"max-size": "10m", "max-file": "3"}
+        stack.compose(*demo, "stop", "demo")
+        said = stack.run("docker", "logs", "homelab-demo").stdout
+        assert said.endswith("every event is stored\n"), said
+        events = re.search(r"(\d+) events: ", said.splitlines()[-2])
+        assert events
+        rows = stack.psql("SELECT count(*) FROM events WHERE device_id LIKE 'sim-%'")
+        assert rows == events[1]
+    finally:
+        stack.compose(*demo, "rm", "-sf", "demo")
