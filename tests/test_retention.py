@@ -292,6 +292,7 @@ def test_the_pause_is_a_multiple_of_what_a_batch_took(
     clock.now += 0.01
     passes.turn()
     assert database.count() == 0
+    passes.close()  # else it says what it did when it is cleared up, in another test
 
 
 def test_without_days_there_is_never_anything_to_do(
