@@ -50,10 +50,11 @@ def describe() -> dict[str, str]:
         if line.startswith(("model name", "Model"))
     ]
     memory_kib = int(Path("/proc/meminfo").read_text().split()[1])
+    kernel = platform.release().split("-")[0]
     return {
         "CPU": f"{os.cpu_count()} cores, {cpu[0] if cpu else platform.machine()}",
         "memory": f"{memory_kib / 1024**2:.0f} GiB",
-        "system": f"{platform.freedesktop_os_release()['PRETTY_NAME']}, Linux {platform.release()}",
+        "system": f"{platform.freedesktop_os_release()['PRETTY_NAME']}, Linux {kernel}",
         "Python": sys.version.split()[0],
         "paho-mqtt": version("paho-mqtt"),
         "psycopg2": version("psycopg2-binary"),

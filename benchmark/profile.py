@@ -23,7 +23,8 @@ FUNCTIONS_SHOWN = 15
 STAGES = {
     "Broker.take_in": "read MQTT while the database works",
     "Broker.receive": "read MQTT",
-    "_decode": "decode",
+    "Decoder.take": "decode",
+    "Decoder.decode_ahead": "decode while the database works",
     "Store.insert": "insert: quote, send, wait",
     "_acks": "build ACKs",
     "Broker.settle": "publish ACKs, PUBACK",
