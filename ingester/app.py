@@ -93,10 +93,11 @@ class Daemon:
             self._answered_at = began_at
         self._database.over()
 
-    def _meanwhile(self) -> Sequence[Any] | None:
+    def _meanwhile(self, is_ready: bool) -> tuple[Sequence[Any], bool]:
         """Do a step of what can be done while the database works; see Store."""
-        sockets = self._broker.take_in()
-        return None if self._decoder.decode_ahead(self._broker.messages) else sockets
+        if is_ready:
+            self._broker.take_in()
+        return self._broker.sockets, self._decoder.decode_ahead(self._broker.messages)
 
     def _report(self) -> None:
         """Tell log, healthcheck and status topic how it is, as far as it is time to."""

@@ -16,19 +16,19 @@ import ssl
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from paho.mqtt import __version__
 from paho.mqtt import client as paho
 from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode
-from paho.mqtt.packettypes import PacketTypes
-from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
+from ingester import packet
 from ingester.outage import REMINDER_SECONDS, Outage
+from ingester.packet import Publish
 from ingester.reply import Reply
 from ingester.settings import Settings
 from ingester.tls import explain
@@ -58,15 +58,13 @@ BATCH_BYTES_MAX = 1_048_576
 # events; with a fifth of it, a long backlog is sent and read five times over.
 IN_HAND_MESSAGES_MAX = 50_000
 IN_HAND_BYTES_MAX = 16_777_216
-# Replies that the broker has not PUBACKed. Each costs 1.2 kB, and there are 65,535 packet ids.
+# Replies that the broker has not PUBACKed. There are 65,535 packet ids, and Plain keeps each
+# reply until then, at 1.2 kB.
 REPLIES_OUTSTANDING_MAX = 5_000
 # The paho whose private methods FewerCalls knows. With another one, Plain does the same.
 PAHO_VERSION = "2.2.0"
 # Bytes taken from the socket at once.
 READ_AHEAD_BYTES = 65_536
-# What every PUBACK says under MQTT 3.1.1, which has nothing else to say.
-PUBACK_SUCCESS = ReasonCode(PacketTypes.PUBACK)
-PUBACK_PROPERTIES = Properties(PacketTypes.PUBACK)  # type: ignore[no-untyped-call]
 
 
 class Message(NamedTuple):
@@ -81,80 +79,132 @@ class Message(NamedTuple):
 
 
 class Plain(paho.Client):
-    """paho as it comes."""
+    """paho as it comes, and how the Broker uses it."""
 
-    has_read_ahead = False
+    # Whether there may be more to read at once, after a read that brought something.
+    may_have_more = True
 
-    def together(self) -> AbstractContextManager[None]:
-        """Write packet by packet what is published and PUBACKed in the block."""
-        return nullcontext()
+    def __init__(self, client_id: str, take: Callable[[Publish], None]) -> None:
+        """`take` is called with each message that arrives, and neither publishes nor raises."""
+        # MQTT 3.1.1: its session has no expiry to set, and its packets have no properties to parse.
+        super().__init__(
+            CallbackAPIVersion.VERSION2,
+            client_id=client_id,
+            clean_session=False,
+            manual_ack=True,
+            reconnect_on_failure=False,
+        )
+        # Past its default limit of 20, publishes would queue in paho while PUBACKs do not,
+        # and a PUBACK would overtake its ACK.
+        self.max_inflight_messages_set(0)
+        self.on_message = lambda _client, _user, message: take(
+            Publish(message.topic, bytes(message.payload), message.mid, message.qos)
+        )
+        self._replies: deque[paho.MQTTMessageInfo] = deque()
+
+    @property
+    def unconfirmed(self) -> int:
+        """How many replies the broker has not PUBACKed."""
+        while self._replies and self._replies[0].is_published():
+            self._replies.popleft()
+        return len(self._replies)
+
+    def settle(self, replies: Sequence[Reply], messages: Sequence[Message]) -> MQTTErrorCode:
+        """Publish the replies; if that can be done, PUBACK the messages."""
+        for reply in replies:
+            info = self.publish(reply.topic, reply.payload, qos=1)
+            if info.rc != MQTTErrorCode.MQTT_ERR_SUCCESS:
+                return info.rc
+            self._replies.append(info)
+        for message in messages:
+            # A PUBACK for a QoS 0 message makes the broker disconnect us.
+            if message.qos > 0:
+                self.ack(message.mid, message.qos)
+        return MQTTErrorCode.MQTT_ERR_SUCCESS
 
 
 class FewerCalls(Plain):
-    """paho that reads ahead, and that writes what belongs together in one piece.
+    """paho that leaves PUBLISH and PUBACK to packet.py, and writes a batch in one piece.
 
-    paho asks the kernel three times for each packet that it reads and twice for each that it
-    writes, looks up a callback for each topic, and builds what MQTT 5 wants of a PUBACK: a third
-    of the ingester's CPU time. This replaces four private methods of paho, and so is used with
-    PAHO_VERSION alone.
+    paho asks the kernel three times for each packet that it reads and once for each that it
+    writes, and makes a lock for each message: half of the ingester's CPU time. All but these two
+    packets stays with paho. This uses five private names of paho, and so PAHO_VERSION alone.
+
+    A reply is not published again after a reconnect. It need not be: the PUBACKs of its batch
+    are behind it in the same stream, so where it is lost they are, and the batch comes again.
     """
 
-    _ahead = b""  # read from the socket; paho has had it up to _position
-    _position = 0
-    _together: list[bytes | bytearray] | None = None
+    def __init__(self, client_id: str, take: Callable[[Publish], None]) -> None:
+        super().__init__(client_id, take)
+        self._take = take
+        self._begun = b""  # the beginning of a packet whose end has not been read
+        self._packet = b""  # what paho has not read yet of the packet that is its own
+        self._mids: set[int] = set()  # of the replies that the broker has not PUBACKed
 
     @property
-    def has_read_ahead(self) -> bool:  # type: ignore[override]
-        """Whether there is something to read that the socket does not show."""
-        return self._position < len(self._ahead)
-
-    @contextmanager
-    def together(self) -> Iterator[None]:
-        """Write what is published and PUBACKed in the block when it ends, in one piece."""
-        self._together = []
-        try:
-            yield
-        finally:
-            packets, self._together = self._together, None
-            if packets:
-                # Once written, paho does something about some packets; not about a PUBACK.
-                super()._packet_queue(paho.PUBACK, b"".join(packets), 0, 1)
+    def unconfirmed(self) -> int:
+        """How many replies the broker has not PUBACKed."""
+        return len(self._mids)
 
     def reconnect(self) -> MQTTErrorCode:
-        """Connect again; what was read ahead came over the connection before."""
-        self._ahead, self._position = b"", 0
+        """Connect again, and forget what was of the connection before."""
+        self._begun = b""
+        self._mids.clear()
         return super().reconnect()
 
-    def _packet_queue(
-        self,
-        command: int,
-        packet: bytes | bytearray,
-        mid: int,
-        qos: int,
-        info: paho.MQTTMessageInfo | None = None,
-    ) -> MQTTErrorCode:
-        if self._together is None:
-            return super()._packet_queue(command, packet, mid, qos, info)
-        self._together.append(packet)
+    def settle(self, replies: Sequence[Reply], messages: Sequence[Message]) -> MQTTErrorCode:
+        """Publish the replies, then PUBACK the messages, by one call to the kernel."""
+        packets = []
+        for reply in replies:
+            mid = self._mid_generate()
+            self._mids.add(mid)
+            packets.append(packet.publish(reply.topic, reply.payload, mid))
+        packets += [packet.puback(message.mid) for message in messages if message.qos > 0]
+        # Once written, paho does something about some packets; not about a PUBACK.
+        return self._packet_queue(paho.PUBACK, b"".join(packets), 0, 1)
+
+    def loop_read(self, max_packets: int = 1) -> MQTTErrorCode:
+        """Take in all that there is to read, up to READ_AHEAD_BYTES."""
+        try:
+            data = super()._sock_recv(READ_AHEAD_BYTES)
+        except BlockingIOError:
+            return MQTTErrorCode.MQTT_ERR_SUCCESS
+        except OSError:
+            data = b""
+        if not data:
+            return self._loop_rc_handle(MQTTErrorCode.MQTT_ERR_CONN_LOST)
+        # TLS gives a record at a time.
+        is_full = len(data) == READ_AHEAD_BYTES
+        self.may_have_more = is_full or isinstance(self.socket(), ssl.SSLSocket)
+        self._last_bytes_received = time.monotonic()  # for paho's keepalive
+        try:
+            return self._take_packets(self._begun + data, max_packets)
+        except packet.MalformedPacket:
+            return self._loop_rc_handle(MQTTErrorCode.MQTT_ERR_PROTOCOL)
+
+    def _take_packets(self, data: bytes, max_packets: int) -> MQTTErrorCode:
+        position = 0
+        while (found := packet.packet_at(data, position)) is not None:
+            item, end = found
+            if isinstance(item, Publish):
+                self._take(item)
+            elif item and item.mid in self._mids:
+                self._mids.remove(item.mid)
+            else:
+                self._packet = data[position:end]
+                rc = super().loop_read(max_packets)
+                if self.socket() is None:
+                    return rc
+            position = end
+        self._begun = data[position:]
         return MQTTErrorCode.MQTT_ERR_SUCCESS
 
     def _sock_recv(self, bufsize: int) -> bytes:
-        begin = self._position
-        if begin >= len(self._ahead):
-            self._ahead, begin = super()._sock_recv(READ_AHEAD_BYTES), 0
-        self._position = begin + bufsize
-        return self._ahead[begin : self._position]
-
-    def _handle_on_message(self, message: paho.MQTTMessage) -> None:
-        # The one callback for all topics, which neither publishes nor raises.
-        if self.on_message:
-            self.on_message(self, None, message)
-
-    def _handle_pubackcomp(self, cmd: Literal["PUBACK", "PUBCOMP"]) -> MQTTErrorCode:
-        mid = int.from_bytes(self._in_packet["packet"], "big")
-        if mid in self._out_messages:
-            return self._do_on_publish(mid, PUBACK_SUCCESS, PUBACK_PROPERTIES)
-        return MQTTErrorCode.MQTT_ERR_SUCCESS
+        """Give paho its packet, and no more."""
+        if not self._packet:
+            raise BlockingIOError
+        part, self._packet = self._packet[:bufsize], self._packet[bufsize:]
+        return part
 
 
 class Broker:
@@ -170,9 +220,6 @@ class Broker:
         self._in_hand: list[Message] = []
         self._in_hand_bytes = 0
         self._overflowed = False  # something arrived that was not taken in hand
-        # The last reply of each batch, until the broker PUBACKs it, and how many there were.
-        self._unconfirmed: deque[tuple[paho.MQTTMessageInfo, int]] = deque()
-        self._replies_outstanding = 0
         self.connection = 0
         self._connected_at = 0.0
         self._short_lived = 0
@@ -183,30 +230,19 @@ class Broker:
         self._error: str | None = None  # why we ended the connection, or the broker did
         self._closing = False
         self._outage = Outage("MQTT")
-        # MQTT 3.1.1: its session has no expiry to set, and its packets have no properties to parse.
         client_class = FewerCalls if __version__ == PAHO_VERSION else Plain
-        self._client = client_class(
-            CallbackAPIVersion.VERSION2,
-            client_id=settings.mqtt_client_id,
-            clean_session=False,
-            manual_ack=True,
-            reconnect_on_failure=False,
-        )
+        self._client = client_class(settings.mqtt_client_id, self._take)
         self._client.connect_timeout = CONNECT_SECONDS_MAX
         if settings.mqtt_tls is not None:
             self._client.tls_set_context(settings.mqtt_tls)
             # paho allows it twice: for the TCP connection, and for the handshake.
             self._client.connect_timeout = CONNECT_SECONDS_MAX / 2
-        # Past its default limit of 20, publishes would queue in paho while PUBACKs do not,
-        # and a PUBACK would overtake its ACK.
-        self._client.max_inflight_messages_set(0)
         if settings.mqtt_username is not None:
             self._client.username_pw_set(settings.mqtt_username, settings.mqtt_password)
         self._client.will_set(settings.topics.status, last_will, qos=1, retain=True)
         self._client.on_socket_open = self._on_socket_open
         self._client.on_connect = self._on_connect
         self._client.on_subscribe = self._on_subscribe
-        self._client.on_message = self._on_message
         self._client.on_disconnect = self._on_disconnect
 
     @property
@@ -232,13 +268,12 @@ class Broker:
         They stay in hand, and come again with the next call, until settle() or until the
         connection is lost.
         """
-        self._forget_confirmed()
-        if not self._in_hand or self._replies_outstanding > REPLIES_OUTSTANDING_MAX:
-            self._loop(seconds_max)
-        while len(self._in_hand) < messages_max and self._read_more():
-            pass
-        self._forget_confirmed()
-        if self._replies_outstanding > REPLIES_OUTSTANDING_MAX:
+        may_have_more = True
+        if not self._in_hand or self._client.unconfirmed > REPLIES_OUTSTANDING_MAX:
+            may_have_more = self._loop(seconds_max)
+        while may_have_more and len(self._in_hand) < messages_max:
+            may_have_more = self._read_more()
+        if self._client.unconfirmed > REPLIES_OUTSTANDING_MAX:
             return []  # what would confirm them may come behind much else: read on first
         batch: list[Message] = []
         bytes_total = 0
@@ -249,16 +284,16 @@ class Broker:
             batch.append(message)
         return batch
 
-    def take_in(self) -> list[Any]:
-        """Take in hand what has arrived, up to a batch more, without waiting.
+    @property
+    def sockets(self) -> list[Any]:
+        """What to look at for more, if there is room for it while a batch is being stored."""
+        has_room = len(self._in_hand) < 2 * self._settings.batch_max and not self._overflowed
+        return [sock] if has_room and (sock := self._client.socket()) else []
 
-        Return the sockets to look at for more, none if there is none or no room.
-        """
-        messages_max = 2 * self._settings.batch_max
-        while len(self._in_hand) < messages_max and not self._overflowed:
-            if not self._read_more():
-                return [sock] if (sock := self._client.socket()) else []
-        return []
+    def take_in(self) -> None:
+        """Take in hand what has arrived, as far as there is room, without waiting."""
+        while self.sockets and self._read_more():
+            pass
 
     def wait(self, seconds: float) -> None:
         """Keep the session alive for that long, whatever arrives."""
@@ -275,30 +310,17 @@ class Broker:
         # Not self.connected: the SUBACK may come behind a backlog that waits to be settled.
         if not self._client.is_connected() or batch[0].connection != self.connection:
             return
-        with self._client.together():
-            infos = [self._client.publish(reply.topic, reply.payload, qos=1) for reply in replies]
-            failed = [info.rc for info in infos if info.rc != MQTTErrorCode.MQTT_ERR_SUCCESS]
-            for message in batch if not failed else ():
-                # A PUBACK for a QoS 0 message makes the broker disconnect us.
-                if message.qos > 0:
-                    self._client.ack(message.mid, message.qos)
-        if failed:
-            self._drop(f"cannot publish: {paho.error_string(failed[0])}")
-            return
-        if infos:
-            self._unconfirmed.append((infos[-1], len(infos)))
-            self._replies_outstanding += len(infos)
+        result = self._client.settle(replies, batch)
         if not self._client.is_connected():
             return  # all in hand was dropped meanwhile
+        if result != MQTTErrorCode.MQTT_ERR_SUCCESS:
+            self._drop(f"cannot publish: {paho.error_string(result)}")
+            return
         del self._in_hand[: len(batch)]
         self._in_hand_bytes -= sum(len(message.payload) for message in batch)
         if self._overflowed and not self._in_hand:
             log.info("MQTT: reconnecting, so that the broker sends again what was too much to hold")
             self._disconnect()
-
-    def _forget_confirmed(self) -> None:
-        while self._unconfirmed and self._unconfirmed[0][0].is_published():
-            self._replies_outstanding -= self._unconfirmed.popleft()[1]
 
     def publish_status(self, status: bytes) -> None:
         """Publish the status, retained."""
@@ -331,11 +353,11 @@ class Broker:
                 pass
 
     def _read_more(self) -> bool:
-        """Read if there is something to read; tell whether there was."""
+        """Read if there is something to read; tell whether there may be more."""
         return self._client.socket() is not None and self._loop(0)
 
     def _loop(self, seconds_max: float) -> bool:
-        """Read and write once, and tell whether there was something to read.
+        """Read and write once, and tell whether there may be more to read.
 
         (Re)connects if there is no connection.
         """
@@ -346,17 +368,17 @@ class Broker:
                 return False
             if not self._connect():
                 return False
-        has_read = self._read_and_write(seconds_max)
+        may_have_more = self._read_and_write(seconds_max)
         if not self._client.is_connected() and time.monotonic() > self._connecting_until:
             self._drop("no CONNACK in time")
-        return has_read
+        return may_have_more
 
     def _read_and_write(self, seconds_max: float) -> bool:
         # paho's own loop() does it by way of a pair of sockets, so that another thread can
         # wake it: three system calls for each batch, one of them before its ACKs are written.
         sock: Any = self._client.socket()
-        # What was read ahead, or TLS has decrypted already, select() does not see.
-        if self._client.has_read_ahead or (isinstance(sock, ssl.SSLSocket) and sock.pending()):
+        # What TLS has decrypted already, select() does not see.
+        if isinstance(sock, ssl.SSLSocket) and sock.pending():
             self._client.loop_read()
             return True
         writing = [sock] if self._client.want_write() else []
@@ -366,7 +388,7 @@ class Broker:
         if writable:
             self._client.loop_write()
         self._client.loop_misc()
-        return bool(readable)
+        return bool(readable) and self._client.may_have_more
 
     def _connect(self) -> bool:
         self._connecting_until = time.monotonic() + CONNECT_SECONDS_MAX
@@ -414,29 +436,29 @@ class Broker:
         self.connected = True
         self._outage.over()
 
-    def _on_message(self, _client: Any, _user: Any, message: paho.MQTTMessage) -> None:
-        topic = sys.intern(message.topic)  # each device's once, not once a message
+    def _take(self, publish: Publish) -> None:
+        topic = sys.intern(publish.topic)  # each device's once, not once a message
         if topic == DROPPED_TOPIC:
-            self._note_dropped(message.payload)
+            self._note_dropped(publish.payload)
             return
         if len(self._in_hand) >= IN_HAND_MESSAGES_MAX or self._in_hand_bytes >= IN_HAND_BYTES_MAX:
             self._overflowed = True
             return
         # Append and nothing else: an exception that leaves a callback makes paho hand over
         # the same message again and again.
-        self._in_hand_bytes += len(message.payload)
+        self._in_hand_bytes += len(publish.payload)
         self._in_hand.append(
             Message(
                 topic,
-                bytes(message.payload),
+                publish.payload,
                 datetime.now(UTC),
-                message.mid,
-                message.qos,
+                publish.mid,
+                publish.qos,
                 self.connection,
             )
         )
 
-    def _note_dropped(self, payload: bytes | bytearray) -> None:
+    def _note_dropped(self, payload: bytes) -> None:
         if not payload.isdigit():
             return
         before, self.dropped = self.dropped or 0, int(payload)

@@ -28,6 +28,7 @@ ARRAY_EVENTS_MAX = 1_000
 META_NESTING_MAX = 32
 
 _DEVICE_ID = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
+_META_NESTING_RULE = f"meta: nested deeper than {META_NESTING_MAX} levels"
 _DEVICE_ID_RULE = "device_id: expected 1 to 64 characters of A-Z a-z 0-9 _ . : -"
 # The profile of ISO 8601 that RFC 3339 has, plus an absent, short or colonless offset.
 _TIMESTAMP = re.compile(
@@ -230,9 +231,14 @@ def _meta(value: Any) -> str:
         return "{}"
     if not isinstance(value, dict):
         raise _mistyped("meta", "an object", value)
-    if _nests_deeper(value, META_NESTING_MAX):
-        raise _invalid(f"meta: nested deeper than {META_NESTING_MAX} levels")
-    text = _TO_JSON.encode(value)
+    try:
+        text = _TO_JSON.encode(value)
+    except RecursionError:
+        raise _invalid(_META_NESTING_RULE) from None
+    # Each level has a bracket, so with few of them, as in most, there is no need to look.
+    brackets = text.count("{") + text.count("[")
+    if brackets > META_NESTING_MAX and _nests_deeper(value, META_NESTING_MAX):
+        raise _invalid(_META_NESTING_RULE)
     if ("\\u0000" in text or not text.isprintable()) and _UNSTORABLE_JSON.search(text):
         raise _invalid("meta: a string holds U+0000 or half of a surrogate pair")
     return text

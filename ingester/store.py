@@ -17,9 +17,9 @@ import logging
 import select
 import time
 from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime
 from decimal import Decimal
 from enum import Enum
+from itertools import chain
 from operator import attrgetter
 from typing import Any
 
@@ -52,6 +52,13 @@ _FETCH = (
     "FROM events WHERE event_id = ANY(%s)"
 )
 _KEEP = f"INSERT INTO dead_letters ({', '.join(DeadLetter._fields)}) VALUES {{rows}} RETURNING id"
+
+
+Meanwhile = Callable[[bool], tuple[Sequence[Any], bool]]
+
+
+def _nothing(_is_ready: bool) -> tuple[Sequence[Any], bool]:
+    return (), False
 
 
 class Outcome(Enum):
@@ -113,13 +120,11 @@ def fault_of(sqlstate: str | None) -> Fault:
 class Store:
     """The one connection. Methods raise StoreUnavailable; connect() must come first."""
 
-    def __init__(
-        self, database: Mapping[str, Any], meanwhile: Callable[[], Sequence[Any] | None] = tuple
-    ) -> None:
+    def __init__(self, database: Mapping[str, Any], meanwhile: Meanwhile = _nothing) -> None:
         """`database` is what libpq is told beyond its own environment variables.
 
-        `meanwhile` does a step of other work while the database is at work. It returns None if
-        there is more to do, else the sockets that may bring more.
+        `meanwhile` does a step of other work while the database is at work. It is told whether
+        one of its sockets is ready, and returns them, and whether there is more to do at once.
         """
         self._database = database
         self._meanwhile = meanwhile
@@ -221,7 +226,7 @@ class Store:
         """Keep the dead letters; return their ids in the same order."""
         if not letters:
             return []
-        rows = self._insert_rows(_KEEP, letters)
+        rows = self._insert_rows(_KEEP, letters, "received_at")
         # Identity values are given out in the order of VALUES; RETURNING promises none.
         return sorted(row[0] for row in rows)
 
@@ -229,7 +234,7 @@ class Store:
         """Insert rows with distinct ids; return the ids inserted, and those refused."""
         try:
             sql = _INSERT if len(rows) > 1 else _INSERT_ONE
-            return {row[0] for row in self._insert_rows(sql, rows)}, {}
+            return {row[0] for row in self._insert_rows(sql, rows, "ts_device")}, {}
         except _EventRefused as error:
             if len(rows) == 1:
                 return set(), {rows[0].event_id: Rejection(Reason.NOT_STORABLE, str(error))}
@@ -245,16 +250,17 @@ class Store:
         rows = self._run(_FETCH, (event_ids,))
         return {row[0]: Event(*row) for row in rows}
 
-    def _insert_rows(self, sql: str, rows: Sequence[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+    def _insert_rows(
+        self, sql: str, rows: Sequence[Event] | Sequence[DeadLetter], time_column: str
+    ) -> list[tuple[Any, ...]]:
         # One execute() for all: execute_values() quotes each row by a call of its own, at one
-        # and a half times the cost. And a time as text costs less than as a datetime, which
-        # psycopg2 writes with a cast.
-        row_sql = f"({', '.join(['%s'] * len(rows[0]))})"
-        values = [
-            value.isoformat() if isinstance(value, datetime) else value
-            for row in rows
-            for value in row
-        ]
+        # and a half times the cost.
+        width = len(rows[0])
+        row_sql = f"({', '.join(['%s'] * width)})"
+        values: list[Any] = list(chain.from_iterable(rows))
+        # A time as text costs less than as a datetime, which psycopg2 writes with a cast.
+        times = slice(rows[0]._fields.index(time_column), None, width)
+        values[times] = [moment and moment.isoformat() for moment in values[times]]
         return self._run(sql.format(rows=", ".join([row_sql] * len(rows))), values)
 
     def _run(self, sql: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
@@ -282,16 +288,18 @@ class Store:
         while (state := connection.poll()) != extensions.POLL_OK:
             reading = [connection] if state == extensions.POLL_READ else []
             writing = [connection] if state == extensions.POLL_WRITE else []
+            is_ready = False
             while True:
-                others = self._meanwhile()
+                others, has_more = self._meanwhile(is_ready)
                 # The deadline may move closer meanwhile, when a signal comes.
                 left_seconds = min(self._deadline, self._give_up_at) - time.monotonic()
                 if left_seconds <= 0:
                     raise psycopg2.OperationalError("no answer in time")
-                seconds_max = 0 if others is None else min(left_seconds, 0.25)
-                ready = select.select([*reading, *(others or ())], writing, [], seconds_max)
-                if connection in ready[0] or ready[1]:
+                seconds_max = 0 if has_more else min(left_seconds, 0.25)
+                readable, writable, _ = select.select([*reading, *others], writing, [], seconds_max)
+                if connection in readable or writable:
                     break
+                is_ready = bool(readable)
 
     def delete_old(self, table: Table, days: int, since: str) -> tuple[int, str]:
         """Delete a batch of the oldest rows, of those that are older than so many days.

@@ -210,9 +210,9 @@ class Clock:
     def monotonic(self) -> float:
         return self.now
 
-    def work(self) -> tuple[()]:
+    def work(self, _is_ready: bool) -> tuple[tuple[()], bool]:
         self.now += self.step_seconds
-        return ()
+        return (), False
 
 
 @pytest.fixture

@@ -391,17 +391,26 @@ class OtherWork:
         self._sock = sock
         self._steps_to_go = 0
         self._action: Callable[[], object] = tuple
-        self.steps = 0
+        self.has_more = False
+        self.heard: list[bool] = []  # at each step, whether the socket is ready
+
+    @property
+    def steps(self) -> int:
+        return len(self.heard)
+
+    def drain(self) -> None:
+        """Read what makes the socket ready."""
+        self._sock.recv(1)
 
     def act_at(self, step: int, action: Callable[[], object]) -> None:
         self._steps_to_go, self._action = step, action
 
-    def __call__(self) -> list[socket.socket]:
-        self.steps += 1
+    def __call__(self, is_ready: bool) -> tuple[list[socket.socket], bool]:
+        self.heard.append(is_ready)
         self._steps_to_go -= 1
         if self._steps_to_go == 0:
             self._action()
-        return [self._sock]
+        return [self._sock], self.has_more
 
 
 @pytest.fixture
@@ -421,14 +430,36 @@ def busy_store(database: Database, other_work: OtherWork) -> Iterator[Store]:
     store.close()
 
 
+@pytest.mark.parametrize("has_more", [False, True], ids=["its socket is ready", "it has more"])
 def test_while_it_waits_other_work_is_done_as_it_comes(
-    database: Database, busy_store: Store, other_work: OtherWork
+    database: Database, busy_store: Store, other_work: OtherWork, has_more: bool
 ) -> None:
     """That work releases the lock, and if each step came at the end of a wait (0.25 s), late."""
     with ExitStack() as lock:
         lock.enter_context(database.locked())
+        other_work.has_more = has_more
+        if has_more:
+            other_work.drain()
         other_work.act_at(2000, lock.close)
         assert busy_store.insert([make("a")]) == [STORED]
+
+
+def test_other_work_is_told_what_is_ready_and_asks_nothing_before(
+    database: Database, busy_store: Store, other_work: OtherWork
+) -> None:
+    with ExitStack() as lock:
+        lock.enter_context(database.locked())
+        other_work.heard.clear()
+        other_work.act_at(3, lock.close)
+        busy_store.insert([make("a")])
+    assert other_work.heard[:3] == [False, True, True]
+    other_work.drain()
+    with ExitStack() as lock:
+        lock.enter_context(database.locked())
+        other_work.heard.clear()
+        other_work.act_at(2, lock.close)
+        busy_store.insert([make("b")])
+    assert not any(other_work.heard)
 
 
 def test_an_answer_is_taken_at_once_even_if_there_is_always_other_work(

@@ -23,10 +23,10 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 THIRD_PARTY = {"paho": "paho-mqtt", "psycopg2": "psycopg2-binary", "dotenv": "python-dotenv"}
 FUNCTION_LINES_MAX = 70
 COLUMNS_MAX = 100
-# Meant to be about 1,000. Of the rest, 150 are speed (FewerCalls in broker.py, decoder.py), 130
+# Meant to be about 1,000. Of the rest, 230 are speed (FewerCalls, packet.py, decoder.py), 130
 # are TLS and files of passwords with a clear line for whatever is wrong with them, 70 are
 # retention.
-DAEMON_LINES_MAX = 1_570
+DAEMON_LINES_MAX = 1_660
 
 
 def git(*arguments: str) -> list[str]:
@@ -155,6 +155,7 @@ def test_nothing_is_imported_by_name_at_run_time(name: str) -> None:
 
 PURE = {
     "ingester/event.py": {"ingester.rejection"},
+    "ingester/packet.py": set(),
     "ingester/rejection.py": set(),
     "ingester/reply.py": {"ingester.event", "ingester.rejection"},
     "ingester/topic.py": set(),
@@ -225,7 +226,7 @@ def test_no_handler_catches_everything(name: str) -> None:
         assert not caught & {"(nothing)", "Exception", "BaseException"}
 
 
-@pytest.mark.parametrize("name", sorted(modules("ingester", "devices", "tools", "tests")))
+@pytest.mark.parametrize("name", sorted(modules()))
 def test_every_module_opens_with_a_docstring(name: str) -> None:
     module = modules()[name]
     docstring = ast.get_docstring(module)
@@ -242,7 +243,7 @@ def test_every_script_opens_with_what_it_is_for(name: str) -> None:
     assert second.startswith(("# ", '"""'))
 
 
-@pytest.mark.parametrize("name", sorted(modules("ingester", "devices", "tools")))
+@pytest.mark.parametrize("name", sorted(modules("ingester", "devices", "tools", "benchmark")))
 def test_no_function_is_longer_than_a_screen(name: str) -> None:
     for node in ast.walk(modules()[name]):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
@@ -396,7 +397,7 @@ def test_the_readmes_configuration_table_names_every_variable() -> None:
     [
         ("ruff", "check", "."),
         ("ruff", "format", "--check", "."),
-        ("mypy", "--strict", "ingester", "devices", "tools", "tests"),
+        ("mypy", "--strict", "ingester", "devices", "tools", "tests", "benchmark"),
     ],
     ids=" ".join,
 )
