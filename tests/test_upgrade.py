@@ -1,7 +1,8 @@
-"""Upgrades: a database of the first release becomes the newest, with its rows in place.
+"""Upgrades: a database of an earlier release becomes the newest, with its rows in place.
 
-What it does: applies the schema step to a database that tests/data/schema_0.1.0.sql made,
-and compares. What it does not: the command that a person types; that is test_backup.py.
+What it does: applies the schema step to databases that tests/data/schema_*.sql made, one of
+each release whose schema was another, and compares. What it does not: the command that a
+person types; that is test_backup.py.
 """
 
 from collections.abc import Iterator
@@ -30,12 +31,14 @@ COLUMNS = {
 }
 
 
-@pytest.fixture
-def first_release(servers: Stack) -> Iterator[Database]:
-    """A database as version 0.1.0 made it, with rows in it."""
-    name = "first_release"
+@pytest.fixture(
+    params=sorted((CHECKOUT / "tests/data").glob("schema_*.sql")), ids=lambda it: it.stem
+)
+def earlier_release(servers: Stack, request: pytest.FixtureRequest) -> Iterator[Database]:
+    """A database as an earlier version made it, with rows in it."""
+    name = "earlier_release"
     servers.postgres.create_database(name)
-    servers.postgres.psql(FIRST_RELEASE.read_text(), name)
+    servers.postgres.psql(request.param.read_text(), name)
     servers.postgres.psql(ROWS, name)
     yield Database(servers.postgres, name)
     servers.postgres.drop_database(name)
@@ -70,39 +73,52 @@ def made(database: Database) -> list[tuple[object, ...]]:
     )
 
 
-def test_the_fixture_is_not_the_newest_schema(first_release: Database, database: Database) -> None:
-    assert schema(first_release) != schema(database)
-    assert {table: len(found) for table, found in rows(first_release).items()} == {
+def test_the_fixture_is_not_the_newest_schema(
+    earlier_release: Database, database: Database
+) -> None:
+    assert schema(earlier_release) != schema(database)
+    assert {table: len(found) for table, found in rows(earlier_release).items()} == {
         "events": 3,
         "dead_letters": 2,
     }
 
 
 def test_an_upgraded_database_has_its_rows_and_the_schema_of_a_new_one(
-    servers: Stack, first_release: Database, database: Database
+    servers: Stack, earlier_release: Database, database: Database
 ) -> None:
-    before = rows(first_release)
+    before = rows(earlier_release)
     tables = {"events", "dead_letters", "events_pkey", "dead_letters_pkey", "dead_letters_id_seq"}
-    files = [row for row in made(first_release) if row[0] in tables]
-    servers.postgres.apply_schema(first_release.name)
-    assert schema(first_release) == schema(database)
-    assert rows(first_release) == before
+    files = [row for row in made(earlier_release) if row[0] in tables]
+    servers.postgres.apply_schema(earlier_release.name)
+    assert schema(earlier_release) == schema(database)
+    assert rows(earlier_release) == before
     # No table was written anew, which with 10 million rows would take minutes.
-    assert [row for row in made(first_release) if row[0] in tables] == files
+    assert [row for row in made(earlier_release) if row[0] in tables] == files
 
 
-def test_a_second_upgrade_changes_nothing(servers: Stack, first_release: Database) -> None:
-    servers.postgres.apply_schema(first_release.name)
-    before = schema(first_release), made(first_release), rows(first_release)
-    servers.postgres.apply_schema(first_release.name)
-    assert (schema(first_release), made(first_release), rows(first_release)) == before
+def test_a_second_upgrade_changes_nothing(servers: Stack, earlier_release: Database) -> None:
+    servers.postgres.apply_schema(earlier_release.name)
+    before = schema(earlier_release), made(earlier_release), rows(earlier_release)
+    servers.postgres.apply_schema(earlier_release.name)
+    assert (schema(earlier_release), made(earlier_release), rows(earlier_release)) == before
 
 
-def test_the_ingester_knows_the_events_of_the_first_release(
-    servers: Stack, first_release: Database, pipeline: Pipeline
+def test_what_stands_on_a_view_that_a_release_changes_stays(
+    servers: Stack, earlier_release: Database
 ) -> None:
-    servers.postgres.apply_schema(first_release.name)
-    pipeline.ingester.environment["POSTGRES_DB"] = first_release.name
+    if not earlier_release.query("SELECT to_regclass('silent_devices')")[0][0]:
+        servers.postgres.apply_schema(earlier_release.name)
+    servers.postgres.psql("CREATE VIEW mine AS SELECT * FROM silent_devices", earlier_release.name)
+    servers.postgres.apply_schema(earlier_release.name)
+    assert "LIMIT 10" in str(earlier_release.query("SELECT pg_get_viewdef('silent_devices')"))
+    assert earlier_release.query("SELECT * FROM mine") == []
+
+
+def test_the_ingester_knows_the_events_of_the_earlier_release(
+    servers: Stack, earlier_release: Database, pipeline: Pipeline
+) -> None:
+    servers.postgres.apply_schema(earlier_release.name)
+    pipeline.ingester.environment["POSTGRES_DB"] = earlier_release.name
     pipeline.ingester.start()
     pipeline.ingester.wait_ready()
     known = event(1, "a", unit="C", ts_device="2026-02-10T00:00:00Z", meta={"n": 1e23})
@@ -111,7 +127,7 @@ def test_the_ingester_knows_the_events_of_the_first_release(
         assert device.ask(known | {"value": 22})["reason"] == "event_id_conflict"
         assert device.ask(event(3, "a"))["status"] == "stored"
         device.wait(lambda: bool(device.dead_letters), "the dead letter")
-        # The ids go on behind those of the first release.
+        # The ids go on behind those of the earlier release.
         assert device.dead_letters[0]["id"] == 3
-    assert first_release.count() == 4
+    assert earlier_release.count() == 4
     pipeline.ingester.stop()

@@ -147,7 +147,7 @@ def silent_devices(rows: list[Row], now: datetime) -> set[Any]:
     for device, group in groups(rows, lambda row: row.device_id).items():
         medians = []
         for of_type in groups(group, lambda row: row.event_type).values():
-            times = sorted(row.ts_server for row in of_type)[-20:]
+            times = sorted(row.ts_server for row in of_type)[-10:]
             pauses = [b - a for a, b in itertools.pairwise(times) if b > a]
             medians += [nearest_rank(pauses, 0.5)] if pauses else []
         last = max(row.ts_server for row in group)

@@ -202,33 +202,40 @@ $$;
 
 DO $$
 BEGIN
-    IF to_regclass('silent_devices') IS NULL THEN
-        CREATE VIEW silent_devices AS
+    -- 0.2.0 looked at the last 20 events, and of devices that were just heard as well.
+    IF to_regclass('silent_devices') IS NULL
+        OR pg_get_viewdef(to_regclass('silent_devices')) LIKE '%LIMIT 20%'
+    THEN
+        CREATE OR REPLACE VIEW silent_devices AS
         SELECT device_id, last_seen_at, now() - last_seen_at AS silent_for, usual_pause
         FROM (
             SELECT heard.device_id, max(heard.last_seen_at) AS last_seen_at,
                 min(pauses.median) AS usual_pause
-            FROM event_types_heard AS heard
+            FROM (
+                SELECT device_id, event_type, last_seen_at,
+                    max(last_seen_at) OVER (PARTITION BY device_id) AS device_last_seen_at
+                FROM event_types_heard
+            ) AS heard
             CROSS JOIN LATERAL (
                 SELECT percentile_disc(0.5) WITHIN GROUP (ORDER BY pause) AS median
                 FROM (
-                    SELECT ts_server - lag(ts_server) OVER (ORDER BY ts_server) AS pause
+                    SELECT lag(ts_server) OVER (ORDER BY ts_server DESC) - ts_server AS pause
                     FROM (
                         SELECT ts_server
                         FROM events
                         WHERE events.device_id = heard.device_id
                             AND events.event_type = heard.event_type
                         ORDER BY ts_server DESC
-                        LIMIT 20
+                        LIMIT 10
                     ) AS last_events
                 ) AS between_them
                 WHERE pause > INTERVAL '0'  -- else they came in one batch
             ) AS pauses
+            -- The others cannot be silent, and are most: their pauses need not be looked at.
+            WHERE heard.device_last_seen_at < now() - INTERVAL '10 minutes'
             GROUP BY heard.device_id
         ) AS device
-        WHERE last_seen_at < now() - greatest(
-            coalesce(3 * usual_pause, INTERVAL '24 hours'), INTERVAL '10 minutes'
-        );
+        WHERE last_seen_at < now() - coalesce(3 * usual_pause, INTERVAL '24 hours');
 
         COMMENT ON VIEW silent_devices IS
             'The devices not heard for three times their usual pause, and for 10 minutes at least; those heard of only once, for 24 hours.';
@@ -237,7 +244,7 @@ BEGIN
             'When its last event came in, by the database''s clock.';
         COMMENT ON COLUMN silent_devices.silent_for IS 'How long ago that is.';
         COMMENT ON COLUMN silent_devices.usual_pause IS
-            'The median pause between its last 20 events of one type, of the type that it sends most often; NULL if there was only one delivery.';
+            'The median pause between its last 10 events of one type, of the type that it sends most often; NULL if there was only one delivery.';
     END IF;
 END
 $$;
