@@ -30,7 +30,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """Declare what tests/run takes beyond pytest's own options."""
     parser.addoption("--faults", action="store_true", help="all faults, not the quick ones alone")
     parser.addoption(
-        "--write-readme", action="store_true", help="put the table of faults into README.md"
+        "--write-faults", action="store_true", help="put the table of faults into FAULTS.md"
     )
 
 
@@ -53,12 +53,12 @@ def report() -> Callable[[Finding], None]:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Print the table of faults, and put it into the README if that was asked for."""
+    """Print the table of faults, and keep it if that was asked for."""
     if _findings:
         terminalreporter.section("faults: what was sent, and what was found")
         terminalreporter.line(table(_findings))
-        if terminalreporter.config.getoption("--write-readme"):
-            write_into(CHECKOUT / "README.md", table(_findings))
+        if terminalreporter.config.getoption("--write-faults"):
+            write_into(CHECKOUT / "tests/FAULTS.md", table(_findings))
 
 
 @pytest.fixture(scope="session")

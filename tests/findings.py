@@ -1,7 +1,7 @@
 """What a fault did to the events of a device: the promise, checked, and a row of a table.
 
 What it does: compares what the sender knows with what the database holds, for each case of
-the fault tests, and collects the figures for the README. What it does not: take the number
+the fault tests, and collects the figures for FAULTS.md. What it does not: take the number
 that it expects from the table that it tests; it counts at the sender.
 
 Invariant: a Finding exists only for a case in which the promise held.
@@ -81,10 +81,10 @@ def table(findings: Iterable[Finding]) -> str:
     return "\n".join([names, rule, *(finding.row() for finding in findings)])
 
 
-def write_into(readme: Path, text: str) -> None:
-    """Put the text between the two marks of the README."""
-    page = readme.read_text()
+def write_into(file: Path, text: str) -> None:
+    """Put the text between the two marks in the file."""
+    page = file.read_text()
     pattern = re.compile(f"(?s)({re.escape(BEGIN)}\n).*?({re.escape(END)})")
     page, count = pattern.subn(lambda match: f"{match[1]}{text}\n{match[2]}", page)
-    assert count == 1, f"{readme.name} does not have the two marks {BEGIN} and {END}"
-    readme.write_text(page)
+    assert count == 1, f"{file.name} does not have the two marks {BEGIN} and {END}"
+    file.write_text(page)
