@@ -14,7 +14,7 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-from tools.stack import Process, clean_environment, process_status
+from tools.process import Process, clean_environment, process_status
 
 _TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
 

@@ -15,7 +15,7 @@ import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
-from tools.stack import Process, StackError, clean_environment, search_path
+from tools.process import Process, StackError, clean_environment, search_path
 
 FOLDER = Path(__file__).resolve().parent / "node_red"
 MODULES = FOLDER / "node_modules"

@@ -12,7 +12,8 @@ import re
 import statistics
 import time
 
-from tools.stack import CHECKOUT, Postgres
+from tools.process import CHECKOUT
+from tools.stack import Postgres
 
 LOAD = """
     INSERT INTO events

@@ -25,7 +25,8 @@ from typing import Any, NamedTuple
 from benchmark import node_red, profile, queries, report
 from benchmark.fleet import Fleet, FleetError, publishes
 from benchmark.machine import CpuClock, describe, memory_peak_mb
-from tools.stack import Ingester, Process, Stack, StackError
+from tools.process import Process, StackError
+from tools.stack import Ingester, Stack
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SINGLES_OUTSTANDING = 900

@@ -11,7 +11,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import NamedTuple
 
-from tools.stack import clean_environment
+from tools.process import clean_environment
 
 NAMES = "DNS:localhost,IP:127.0.0.1"
 CONFIG = """

@@ -20,7 +20,7 @@ from typing import Any
 from dotenv import dotenv_values
 
 from tests.pipeline import wait_until
-from tools.stack import CHECKOUT, port_is_free
+from tools.process import CHECKOUT, port_is_free
 
 PROJECT = "homelab-test"
 VOLUME = f"{PROJECT}_postgres_data"

@@ -20,7 +20,8 @@ sys.path.insert(0, str(CHECKOUT))
 
 from tests.findings import Finding, table, write_into  # noqa: E402
 from tests.pipeline import Database, Pipeline  # noqa: E402
-from tools.stack import Mosquitto, Stack, free_port  # noqa: E402
+from tools.process import free_port  # noqa: E402
+from tools.stack import Mosquitto, Stack  # noqa: E402
 
 _number = itertools.count()
 _findings: list[Finding] = []

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tests.device import Device, event
 from tests.pipeline import Database, Pipeline, wait_until
-from tools.stack import Process, clean_environment, run
+from tools.process import Process, clean_environment, run
 
 TURN_SECONDS = 0.01
 

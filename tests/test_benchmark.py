@@ -15,7 +15,7 @@ import pytest
 from benchmark.fleet import Fleet, FleetError, publishes
 from benchmark.report import median
 from tests.pipeline import Pipeline
-from tools.stack import CHECKOUT
+from tools.process import CHECKOUT
 
 pytestmark = pytest.mark.services
 

@@ -26,7 +26,7 @@ from tests import compose
 from tests.compose import CONTAINERS, VOLUME, Compose
 from tests.device import Device, event
 from tests.pipeline import wait_until
-from tools.stack import free_port, port_is_free
+from tools.process import free_port, port_is_free
 
 pytestmark = [pytest.mark.compose, pytest.mark.timeout(300)]
 

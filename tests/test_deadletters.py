@@ -24,7 +24,8 @@ from ingester.letterbox import PURGE_ROWS_MAX
 from tests.device import event
 from tests.load import devices, events_sent, hear_all, load, wait_for_load
 from tests.pipeline import Database, Pipeline, wait_until
-from tools.stack import CHECKOUT, Stack, clean_environment, free_port, run
+from tools.process import CHECKOUT, clean_environment, free_port, run
+from tools.stack import Stack
 
 TOOL = (sys.executable, "-m", "ingester.deadletters")
 # An event's own value decides whether it is stored.

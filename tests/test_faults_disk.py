@@ -16,7 +16,8 @@ import pytest
 from tests.findings import Finding
 from tests.pipeline import Pipeline, wait_until
 from tests.trial import under_load
-from tools.stack import Stack, StackError
+from tools.process import StackError
+from tools.stack import Stack
 
 Report = Callable[[Finding], None]
 

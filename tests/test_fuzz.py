@@ -32,7 +32,7 @@ from ingester.store import Outcome, Store
 from tests.device import event
 from tests.load import connects
 from tests.pipeline import Database, Pipeline, wait_until
-from tools.stack import clean_environment
+from tools.process import clean_environment
 
 _number = itertools.count()
 SEED = 20261123

@@ -36,7 +36,7 @@ from tests.secure import (
     environment_of,
     missing_rights,
 )
-from tools.stack import CHECKOUT
+from tools.process import CHECKOUT
 
 pytestmark = [pytest.mark.compose, pytest.mark.timeout(300)]
 

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from ingester.settings import Settings, SettingsError
 from ingester.topic import Topics
 from tests.certificates import Authority, Certificate, openssl
-from tools.stack import clean_environment
+from tools.process import clean_environment
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 DOTENV = {name: value or "" for name, value in dotenv_values(CHECKOUT / ".env").items()}

@@ -26,7 +26,8 @@ from tests.conftest import CHECKOUT
 from tests.load import database_down
 from tests.pipeline import Database, Pipeline, wait_until
 from tests.tap import PUBLISH, Tap
-from tools.stack import Mosquitto, Stack, clean_environment, free_port, run
+from tools.process import clean_environment, free_port, run
+from tools.stack import Mosquitto, Stack
 
 # MQTT 3.1.1, section 2.2.1.
 CONNECT, SUBSCRIBE = 1, 8

@@ -28,7 +28,8 @@ from tests.findings import find
 from tests.load import connects, deliver_rest, devices, load, wait_for_acks
 from tests.pipeline import Database, Pipeline, wait_until
 from tests.proxy import Proxy
-from tools.stack import Mosquitto, Postgres, Stack, clean_environment, free_port, run
+from tools.process import clean_environment, free_port, run
+from tools.stack import Mosquitto, Postgres, Stack
 
 _number = itertools.count()
 DAY = timedelta(days=1)

@@ -41,7 +41,7 @@ from ingester.visitor import Received
 from tests.device import Device, event
 from tests.load import database_down, load, wait_for_acks
 from tests.pipeline import Pipeline, wait_until
-from tools.stack import CHECKOUT, clean_environment, free_port
+from tools.process import CHECKOUT, clean_environment, free_port
 
 TOPICS = Topics(
     "qs/v1/+/events", "qs/v1/{device_id}/acks", "qs/v1/deadletter", "qs/v1/ingester/status"

@@ -11,7 +11,8 @@ import pytest
 
 from tests.device import event
 from tests.pipeline import Database, Pipeline
-from tools.stack import CHECKOUT, Stack, clean_environment, run
+from tools.process import CHECKOUT, clean_environment, run
+from tools.stack import Stack
 
 FIRST_RELEASE = CHECKOUT / "tests/data/schema_0.1.0.sql"
 # What the columns of 0.1.0 can hold: each type, NULL wherever it is allowed, odd times.

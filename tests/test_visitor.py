@@ -20,7 +20,8 @@ from tests.certificates import Authority
 from tests.device import event
 from tests.load import connects
 from tests.pipeline import Pipeline
-from tools.stack import Mosquitto, Stack, clean_environment, free_port, run
+from tools.process import clean_environment, free_port, run
+from tools.stack import Mosquitto, Stack
 
 _number = itertools.count()
 NAMED_BY_USER = "use_username_as_clientid true"
