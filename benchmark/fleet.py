@@ -148,7 +148,7 @@ class Fleet:
                 self._sockets[publish.device].sendall(publish.packet)
                 sent += 1
                 continue
-            wait = next_at - now if sent < len(packets) else SILENCE_SECONDS_MAX
+            wait = next_at - now if sent < len(packets) else None
             for device in self._readable(wait, or_raise=sent == len(packets)):
                 self._hear(device)
                 now = time.perf_counter()
@@ -206,9 +206,9 @@ class Fleet:
             self._sockets[device].sendall(b"".join(packets))
 
     def _readable(
-        self, wait_seconds: float = SILENCE_SECONDS_MAX, *, or_raise: bool = True
+        self, wait_seconds: float | None = None, *, or_raise: bool = True
     ) -> Iterator[int]:
-        ready = self._poll.poll(wait_seconds)
+        ready = self._poll.poll(SILENCE_SECONDS_MAX if wait_seconds is None else wait_seconds)
         if not ready and or_raise:
             raise FleetError(f"no ACK for {SILENCE_SECONDS_MAX:.0f} s, and some are outstanding")
         return (self._devices[fileno] for fileno, _ in ready)

@@ -8,6 +8,7 @@ Invariant: nothing that a test started is running after it.
 """
 
 import itertools
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -22,6 +23,10 @@ from tests.findings import Finding, table, write_into  # noqa: E402
 from tests.pipeline import Database, Pipeline  # noqa: E402
 from tools.process import free_port  # noqa: E402
 from tools.stack import Mosquitto, Stack  # noqa: E402
+
+# A shell has the commands that it runs in the background ignore Ctrl-C, and they pass that on
+# to what they start; a test that sends it would wait in vain.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _number = itertools.count()
 _findings: list[Finding] = []

@@ -2,7 +2,7 @@
 
     python -m tests.kill_at STEP N
 
-What it does: puts the kill around a method of Store, of Broker or of paho's client, from
+What it does: puts the kill around a method of Store, of Broker or of its client, from
 outside, and runs ingester.app. What it does not: change what those do, or ask shipped code
 for a hook.
 
@@ -15,10 +15,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from paho.mqtt import client as paho
-
 from ingester import app
-from ingester.broker import Broker
+from ingester.broker import Broker, FewerCalls
 from ingester.store import Store
 
 Method = Callable[..., Any]
@@ -31,9 +29,13 @@ class Kill:
         self._left = number
 
     def reached(self) -> None:
-        self._left -= 1
-        if self._left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if self.is_within(1) is not None:
+            die()
+
+    def is_within(self, times: int) -> int | None:
+        """Return at which of the next so many times to die; None if at a later one."""
+        self._left -= times
+        return times + self._left if self._left <= 0 else None
 
     def before(self, method: Method) -> Method:
         def killed_before(*arguments: Any, **named: Any) -> Any:
@@ -51,6 +53,10 @@ class Kill:
         return killed_after
 
 
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def before_insert(kill: Kill) -> None:
     """A batch was received, nothing else."""
     Store.insert = kill.before(Store.insert)  # type: ignore[method-assign]
@@ -63,28 +69,29 @@ def after_commit(kill: Kill) -> None:
 
 def after_replies(kill: Kill) -> None:
     """All replies of the batch are with the socket, and none of its messages is PUBACKed."""
-    settle, ack = Broker.settle, paho.Client.ack
-    first = False
+    settle = FewerCalls.settle
 
-    def settle_noting_the_first(*arguments: Any, **named: Any) -> Any:
-        nonlocal first
-        first = True
-        return settle(*arguments, **named)
+    def settle_replies_alone(client: FewerCalls, replies: Any, messages: Any) -> Any:
+        if kill.is_within(1) is None:
+            return settle(client, replies, messages)
+        settle(client, replies, [])
+        return die()
 
-    def ack_killed_before_the_first(*arguments: Any, **named: Any) -> Any:
-        nonlocal first
-        if first:
-            first = False
-            kill.reached()
-        return ack(*arguments, **named)
-
-    Broker.settle = settle_noting_the_first  # type: ignore[method-assign]
-    paho.Client.ack = ack_killed_before_the_first  # type: ignore[method-assign]
+    FewerCalls.settle = settle_replies_alone  # type: ignore[assignment, method-assign]
 
 
 def amid_pubacks(kill: Kill) -> None:
-    """Some messages of the batch are PUBACKed."""
-    paho.Client.ack = kill.after(paho.Client.ack)  # type: ignore[method-assign]
+    """Some messages of the batch are PUBACKed; the number is that of the PUBACK."""
+    settle = FewerCalls.settle
+
+    def settle_in_part(client: FewerCalls, replies: Any, messages: Any) -> Any:
+        to_puback = [message for message in messages if message.qos > 0]
+        if (last := kill.is_within(len(to_puback))) is None:
+            return settle(client, replies, messages)
+        settle(client, replies, to_puback[:last])
+        return die()
+
+    FewerCalls.settle = settle_in_part  # type: ignore[assignment, method-assign]
 
 
 def after_puback(kill: Kill) -> None:
