@@ -127,8 +127,9 @@ class FewerCalls(Plain):
     """paho that leaves PUBLISH and PUBACK to packet.py, and writes a batch in one piece.
 
     paho asks the kernel three times for each packet that it reads and once for each that it
-    writes, and makes a lock for each message: half of the ingester's CPU time. All but these two
-    packets stays with paho. This uses five private names of paho, and so PAHO_VERSION alone.
+    writes, and makes a lock for each message: with Plain, the ingester takes 67 us of CPU time
+    for a single event, with this 25. All other packets stay with paho. It uses five private
+    names of paho, and so PAHO_VERSION alone.
 
     A reply is not published again after a reconnect. It need not be: the PUBACKs of its batch
     are behind it in the same stream, so where it is lost they are, and the batch comes again.
