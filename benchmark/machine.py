@@ -1,7 +1,7 @@
 """The machine: what it is, and what its processes take of it.
 
 What it does: reads CPU time and memory from /proc, and describes machine and programs for the
-results. What it does not: start or stop anything; Linux only, as tools/stack.py.
+results. What it does not: start or stop anything; Linux only, as tools/process.py.
 
 Invariant: CPU time counts a process with all its threads and children, so PostgreSQL's
 background writers are in the database's figure.

@@ -1,6 +1,6 @@
 """The benchmark: the ingester beside the plain script and Node-RED, on one machine in one run.
 
-    .venv/bin/python -m benchmark.run              everything, about 25 minutes
+    .venv/bin/python -m benchmark.run              everything, about 20 minutes
     .venv/bin/python -m benchmark.run --short      a minute: what CI runs
 
 What it does: runs each system on a fresh stack (tools/stack.py), in turn and several times,

@@ -97,6 +97,7 @@ class Plain(paho.Client):
         # Past its default limit of 20, publishes would queue in paho while PUBACKs do not,
         # and a PUBACK would overtake its ACK.
         self.max_inflight_messages_set(0)
+        self._take = take
         self.on_message = lambda _client, _user, message: take(
             Publish(message.topic, bytes(message.payload), message.mid, message.qos)
         )
@@ -137,7 +138,6 @@ class FewerCalls(Plain):
 
     def __init__(self, client_id: str, take: Callable[[Publish], None]) -> None:
         super().__init__(client_id, take)
-        self._take = take
         self._begun = b""  # the beginning of a packet whose end has not been read
         self._packet = b""  # what paho has not read yet of the packet that is its own
         self._mids: set[int] = set()  # of the replies that the broker has not PUBACKed
@@ -292,7 +292,10 @@ class Broker:
         return [sock] if has_room and (sock := self._client.socket()) else []
 
     def take_in(self) -> None:
-        """Take in hand what has arrived, as far as there is room, without waiting."""
+        """Take in hand what has arrived, without waiting, until there is no more room.
+
+        The last read may bring more than there was room for, up to READ_AHEAD_BYTES.
+        """
         while self.sockets and self._read_more():
             pass
 

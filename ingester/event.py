@@ -233,7 +233,7 @@ def _meta(value: Any) -> str:
         raise _mistyped("meta", "an object", value)
     try:
         text = _TO_JSON.encode(value)
-    except RecursionError:
+    except RecursionError:  # nested as deeply as can just be read, it may be too deep to write
         raise _invalid(_META_NESTING_RULE) from None
     # Each level has a bracket, so with few of them, as in most, there is no need to look.
     brackets = text.count("{") + text.count("[")

@@ -64,7 +64,9 @@ def packet_at(data: bytes, begin: int) -> tuple[Publish | Puback | None, int] | 
         return _publish(data, body, end, 1), end
     if kind == _PUBACK:
         return _puback(data, body, end), end
-    return _publish(data, body, end, 0) if kind == _PUBLISH_QOS_0 else None, end
+    if kind == _PUBLISH_QOS_0:
+        return _publish(data, body, end, 0), end
+    return None, end
 
 
 def _publish(data: bytes, begin: int, end: int, qos: int) -> Publish:

@@ -68,7 +68,10 @@ def after_commit(kill: Kill) -> None:
 
 
 def after_replies(kill: Kill) -> None:
-    """All replies of the batch are with the socket, and none of its messages is PUBACKed."""
+    """All replies of the batch are with the socket, and none of its messages is PUBACKed.
+
+    As if the one send for all of it had been cut there.
+    """
     settle = FewerCalls.settle
 
     def settle_replies_alone(client: FewerCalls, replies: Any, messages: Any) -> Any:
@@ -81,7 +84,10 @@ def after_replies(kill: Kill) -> None:
 
 
 def amid_pubacks(kill: Kill) -> None:
-    """Some messages of the batch are PUBACKed; the number is that of the PUBACK."""
+    """Some messages of the batch are PUBACKed; the number is that of the PUBACK.
+
+    As if the one send for all of it had been cut there.
+    """
     settle = FewerCalls.settle
 
     def settle_in_part(client: FewerCalls, replies: Any, messages: Any) -> Any:
