@@ -76,6 +76,8 @@ class Message(NamedTuple):
     mid: int
     qos: int
     connection: int  # the number of the connection that brought it
+    retain: bool = False  # the broker had kept it, and hands it out again at each subscribe
+    arrived_at: float = 0.0  # the same moment as received_at, by the monotonic clock
 
 
 class Plain(paho.Client):

@@ -273,10 +273,9 @@ def _chosen(arguments: argparse.Namespace, letterbox: Letterbox) -> dict[int, st
 def _check_device_id(device_id: str) -> None:
     """Let the event contract decide whether it is one."""
     fields = {"schema": SCHEMA, "event_id": "x", "device_id": device_id, "event_type": "x"}
-    try:
-        decode(device_id, json.dumps(fields).encode("utf-8"), UTC)
-    except Rejection as rejection:
-        raise BadArgumentError(f"--set-device: {rejection.error}") from None
+    result = decode(device_id, json.dumps(fields).encode("utf-8"), UTC).results[0]
+    if isinstance(result, Rejection):
+        raise BadArgumentError(f"--set-device: {result.error}")
 
 
 # --- what is printed -----------------------------------------------------------------

@@ -14,7 +14,7 @@ from itertools import islice
 from typing import NamedTuple
 
 from ingester.broker import Message
-from ingester.event import Event, decode
+from ingester.event import Decoded, decode
 from ingester.rejection import Reason, Rejection
 from ingester.topic import Topics
 
@@ -25,13 +25,12 @@ EVENTS_MAX = 2_500
 AHEAD_EVENTS = 64
 
 
-class Decoded(NamedTuple):
+class DecodedMessage(NamedTuple):
     """A message and what its payload held; device_id is None if its topic names none."""
 
     message: Message
     device_id: str | None
-    results: list[Event | Rejection]
-    is_array: bool
+    decoded: Decoded
 
 
 class Decoder:
@@ -42,24 +41,24 @@ class Decoder:
         self._default_tz = default_tz
         self._taken = 0
         # Of the messages behind those taken.
-        self._ahead: deque[Decoded] = deque()
+        self._ahead: deque[DecodedMessage] = deque()
         self._ahead_events = 0
 
-    def take(self, messages: Sequence[Message]) -> list[Decoded]:
+    def take(self, messages: Sequence[Message]) -> list[DecodedMessage]:
         """Return what the messages hold, or the first of them if that is much."""
-        batch: list[Decoded] = []
+        batch: list[DecodedMessage] = []
         events = 0
         for message in messages:
             if self._ahead and self._ahead[0].message is message:
                 item = self._ahead.popleft()
-                self._ahead_events -= len(item.results)
+                self._ahead_events -= len(item.decoded.results)
             else:
                 # Nothing is ahead; or the connection was lost, or a batch is tried again.
                 self._ahead.clear()
                 self._ahead_events = 0
                 item = self._decode(message)
             batch.append(item)
-            events += len(item.results)
+            events += len(item.decoded.results)
             if events >= EVENTS_MAX:
                 break
         self._taken = len(batch)
@@ -78,19 +77,16 @@ class Decoder:
                 return False
             item = self._decode(message)
             self._ahead.append(item)
-            self._ahead_events += len(item.results)
-            new_events += len(item.results)
+            self._ahead_events += len(item.decoded.results)
+            new_events += len(item.decoded.results)
         return False
 
-    def _decode(self, message: Message) -> Decoded:
+    def _decode(self, message: Message) -> DecodedMessage:
         device_id = self.topics.device_id(message.topic)
-        try:
-            if device_id is None:
-                # A kept session still delivers what an earlier MQTT_EVENTS_TOPIC matched.
-                raise Rejection(Reason.DEVICE_MISMATCH, "the topic is not one of MQTT_EVENTS_TOPIC")
-            decoded = decode(device_id, message.payload, self._default_tz)
-        except Rejection as rejection:
-            return Decoded(message, device_id, [rejection], is_array=False)
-        if isinstance(decoded, list):
-            return Decoded(message, device_id, decoded, is_array=True)
-        return Decoded(message, device_id, [decoded], is_array=False)
+        if device_id is None:
+            # A kept session still delivers what an earlier MQTT_EVENTS_TOPIC matched.
+            error = "the topic is not one of MQTT_EVENTS_TOPIC"
+            refused = Decoded([Rejection(Reason.DEVICE_MISMATCH, error)], False, True)
+            return DecodedMessage(message, None, refused)
+        decoded = decode(device_id, message.payload, self._default_tz)
+        return DecodedMessage(message, device_id, decoded)

@@ -13,6 +13,7 @@ import contextlib
 import json
 import math
 import re
+from collections.abc import Sequence
 from datetime import UTC, datetime, tzinfo
 from typing import Any, NamedTuple
 
@@ -59,65 +60,96 @@ class Event(NamedTuple):
     meta: str
 
 
-def decode(device_id: str, payload: bytes, default_tz: tzinfo) -> Event | list[Event | Rejection]:
+class Decoded(NamedTuple):
+    """What a payload held, in its order.
+
+    `is_array`: it is answered by an array, one answer for each result. `is_whole`: it was
+    refused as a whole, and one dead letter holds it; each result is then a Rejection, one for
+    each event id that could be read, or a single one without an id.
+    """
+
+    results: Sequence[Event | Rejection]
+    is_array: bool
+    is_whole: bool
+
+
+def decode(device_id: str, payload: bytes, default_tz: tzinfo) -> Decoded:
     """Decode a payload: one event, or an array of events that each stand or fall alone.
 
-    `device_id` is the topic's; `default_tz` applies to a ts_device without an offset.
-    Raises Rejection if the payload as a whole, or its only event, is refused.
-    """
-    document = _parse(payload)
-    if not isinstance(document, list):
-        return _event(document, device_id, default_tz)
-    if not document:
-        raise Rejection(Reason.NOT_AN_OBJECT, "the array is empty: expected event objects")
-    if len(document) > ARRAY_EVENTS_MAX:
-        raise Rejection(
-            Reason.PAYLOAD_TOO_LARGE,
-            f"an array may hold {ARRAY_EVENTS_MAX} events, this one holds {len(document)}",
-        )
-    if not _DEVICE_ID.fullmatch(device_id):
-        # No event on such a topic is ever stored. One answer says so, not a thousand that
-        # each carry a device id of up to 65 kB.
-        raise _invalid(_DEVICE_ID_RULE)
-    results: list[Event | Rejection] = []
-    for item in document:
-        try:
-            results.append(_event(item, device_id, default_tz))
-        except Rejection as rejection:
-            results.append(rejection)
-    return results
-
-
-def elements(payload: bytes, count: int) -> list[bytes]:
-    """Return the JSON of each of the `count` elements of an array that decode() took.
-
-    Where that cannot be had, each is the whole payload: nested as deeply as decode() can
-    just read, it may be too deep to read again from here, or to write.
+    `device_id` is the topic's; `default_tz` applies to a ts_device without an offset. Never
+    raises.
     """
     try:
-        return [_own_json(element) for element in _parse(payload)]
-    except (Rejection, RecursionError):
-        return [payload] * count
+        document = _parse(payload)
+        if not isinstance(document, list):
+            return Decoded([_result(document, device_id, default_tz)], False, False)
+        if not document:
+            raise _Refused(Reason.NOT_AN_OBJECT, "the array is empty: expected event objects")
+        if len(document) > ARRAY_EVENTS_MAX:
+            raise _Refused(
+                Reason.PAYLOAD_TOO_LARGE,
+                f"an array may hold {ARRAY_EVENTS_MAX} events, this one holds {len(document)}",
+            )
+        if not _DEVICE_ID.fullmatch(device_id):
+            # No event on such a topic is ever stored. One answer says so, not a thousand that
+            # each carry a device id of up to 65 kB.
+            raise _invalid(_DEVICE_ID_RULE)
+    except _Refused as refused:
+        return Decoded([Rejection(refused.reason, refused.error)], False, True)
+    return Decoded([_result(item, device_id, default_tz) for item in document], True, False)
+
+
+def elements(payload: bytes, indexes: Sequence[int]) -> list[bytes]:
+    """Return the JSON of these elements of an array that decode() took, as it was sent.
+
+    Where that cannot be had, each is the whole payload.
+    """
+    try:
+        document = _parse(payload)
+        return [_own_json(document[index]) for index in indexes]
+    except (_Refused, RecursionError):
+        return [payload] * len(indexes)
+
+
+class _Refused(Exception):
+    """From where a fault is found to where it becomes a Rejection; never leaves this module."""
+
+    def __init__(self, reason: Reason, error: str) -> None:
+        super().__init__(reason, error)
+        self.reason = reason
+        self.error = error
+
+
+def _result(fields: Any, device_id: str, default_tz: tzinfo) -> Event | Rejection:
+    try:
+        return _event(fields, device_id, default_tz)
+    except _Refused as refused:
+        # The device knows its event by the id, so the answer carries it where it can.
+        event_id = None
+        if isinstance(fields, dict):
+            with contextlib.suppress(_Refused):
+                event_id = _text(fields.get("event_id"), "event_id", 1, 200)
+        return Rejection(refused.reason, refused.error, event_id)
 
 
 def _parse(payload: bytes) -> Any:
     if len(payload) > PAYLOAD_BYTES_MAX:
-        raise Rejection(
+        raise _Refused(
             Reason.PAYLOAD_TOO_LARGE,
             f"a payload may have {PAYLOAD_BYTES_MAX} bytes, this one has {len(payload)}",
         )
     try:
         text = payload.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise Rejection(Reason.NOT_UTF8, f"byte {error.start} is not UTF-8") from None
+        raise _Refused(Reason.NOT_UTF8, f"byte {error.start} is not UTF-8") from None
     if not text:
-        raise Rejection(Reason.NOT_JSON, "the payload is empty")
+        raise _Refused(Reason.NOT_JSON, "the payload is empty")
     try:
         return _JSON.decode(text)
     except ValueError as error:
-        raise Rejection(Reason.NOT_JSON, str(error)) from None
+        raise _Refused(Reason.NOT_JSON, str(error)) from None
     except RecursionError:
-        raise Rejection(Reason.NOT_JSON, "nested too deeply to be read") from None
+        raise _Refused(Reason.NOT_JSON, "nested too deeply to be read") from None
 
 
 def _integer(text: str) -> int:
@@ -144,21 +176,15 @@ _TO_JSON = json.JSONEncoder(ensure_ascii=False)
 
 def _event(fields: Any, device_id: str, default_tz: tzinfo) -> Event:
     if not isinstance(fields, dict):
-        raise Rejection(Reason.NOT_AN_OBJECT, f"expected an event object, got {_kind(fields)}")
-    try:
-        _check_schema(_required(fields, "schema"))
-        event_id = _text(_required(fields, "event_id"), "event_id", 1, 200)
-        _check_device_id(_required(fields, "device_id"), device_id)
-        event_type = _text(_required(fields, "event_type"), "event_type", 1, 100)
-        value_num, value_text = _value(fields.get("value"))
-        unit = None if fields.get("unit") is None else _text(fields["unit"], "unit", 0, 50)
-        ts_device = _timestamp(fields.get("ts_device"), default_tz)
-        meta = _meta(fields.get("meta"))
-    except Rejection as rejection:
-        # The device knows its event by the id, so the answer carries it where it can.
-        with contextlib.suppress(Rejection):
-            rejection.event_id = _text(fields.get("event_id"), "event_id", 1, 200)
-        raise
+        raise _Refused(Reason.NOT_AN_OBJECT, f"expected an event object, got {_kind(fields)}")
+    _check_schema(_required(fields, "schema"))
+    event_id = _text(_required(fields, "event_id"), "event_id", 1, 200)
+    _check_device_id(_required(fields, "device_id"), device_id)
+    event_type = _text(_required(fields, "event_type"), "event_type", 1, 100)
+    value_num, value_text = _value(fields.get("value"))
+    unit = None if fields.get("unit") is None else _text(fields["unit"], "unit", 0, 50)
+    ts_device = _timestamp(fields.get("ts_device"), default_tz)
+    meta = _meta(fields.get("meta"))
     return Event(
         event_id, device_id, SCHEMA, event_type, value_num, value_text, unit, ts_device, meta
     )
@@ -168,14 +194,14 @@ def _required(fields: dict[str, Any], name: str) -> Any:
     try:
         return fields[name]
     except KeyError:
-        raise Rejection(Reason.MISSING_FIELD, f"{name} is required") from None
+        raise _Refused(Reason.MISSING_FIELD, f"{name} is required") from None
 
 
 def _check_schema(value: Any) -> None:
     if type(value) is not int:
         raise _mistyped("schema", f"the integer {SCHEMA}", value)
     if value != SCHEMA:
-        raise Rejection(Reason.UNSUPPORTED_SCHEMA, f"schema: expected {SCHEMA}, got another number")
+        raise _Refused(Reason.UNSUPPORTED_SCHEMA, f"schema: expected {SCHEMA}, got another number")
 
 
 def _check_device_id(value: Any, topic_device_id: str) -> None:
@@ -184,7 +210,7 @@ def _check_device_id(value: Any, topic_device_id: str) -> None:
     if not _DEVICE_ID.fullmatch(value):
         raise _invalid(_DEVICE_ID_RULE)
     if value != topic_device_id:
-        raise Rejection(Reason.DEVICE_MISMATCH, "device_id: is not the one in the topic")
+        raise _Refused(Reason.DEVICE_MISMATCH, "device_id: is not the one in the topic")
 
 
 def _text(value: Any, name: str, chars_min: int, chars_max: int) -> str:
@@ -266,11 +292,11 @@ def _own_json(element: Any) -> bytes:
         return json.dumps(element).encode("ascii")
 
 
-def _invalid(error: str) -> Rejection:
-    return Rejection(Reason.INVALID_FIELD, error)
+def _invalid(error: str) -> _Refused:
+    return _Refused(Reason.INVALID_FIELD, error)
 
 
-def _mistyped(name: str, expected: str, value: Any) -> Rejection:
+def _mistyped(name: str, expected: str, value: Any) -> _Refused:
     return _invalid(f"{name}: expected {expected}, got {_kind(value)}")
 
 

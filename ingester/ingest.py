@@ -13,12 +13,16 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from ingester.broker import Message
-from ingester.decoder import Decoded, Decoder
-from ingester.event import Event, elements
+from ingester.decoder import DecodedMessage, Decoder
+from ingester.event import ARRAY_EVENTS_MAX, Event, elements
 from ingester.rejection import DeadLetter, Reason, Rejection
 from ingester.reply import Reply, ack, ack_for, dead_letter_for
 from ingester.store import Outcome, Store
 from ingester.topic import Topics
+
+# Refused elements of one array that are kept one by one; of more, the whole message is kept
+# once, so that what a message costs stays in proportion to its bytes.
+ELEMENTS_KEPT_MAX = 20
 
 
 class Ingested(NamedTuple):
@@ -52,7 +56,7 @@ def ingest(messages: Sequence[Message], store: Store, decoder: Decoder) -> Inges
     """
     batch = decoder.take(messages)
     topics = decoder.topics
-    results = [result for item in batch for result in item.results]
+    results = [result for item in batch for result in item.decoded.results]
     events = [result for result in results if isinstance(result, Event)]
     outcomes = store.insert(events)
 
@@ -61,8 +65,8 @@ def ingest(messages: Sequence[Message], store: Store, decoder: Decoder) -> Inges
     letters: list[DeadLetter] = []
     for item in batch:
         rejections = [
-            _rejection(next(outcome) if isinstance(result, Event) else result)
-            for result in item.results
+            _rejection(next(outcome), result.event_id) if isinstance(result, Event) else result
+            for result in item.decoded.results
         ]
         acks += _acks(item, rejections, topics)
         letters += _dead_letters(item, rejections)
@@ -76,45 +80,67 @@ def ingest(messages: Sequence[Message], store: Store, decoder: Decoder) -> Inges
     return Ingested(len(batch), outcomes, invalid, len(letters), acks + dead_letters)
 
 
-def _rejection(verdict: Outcome | Rejection) -> Rejection | None:
+def _rejection(verdict: Outcome | Rejection, event_id: str) -> Rejection | None:
     """Return why an event is refused; None if its row is there, which is all that counts."""
     if isinstance(verdict, Rejection):
         return verdict
     if verdict is Outcome.CONFLICT:
-        return Rejection(
-            Reason.EVENT_ID_CONFLICT, "event_id: was stored before with other content, which stays"
-        )
+        error = "event_id: was stored before with other content, which stays"
+        return Rejection(Reason.EVENT_ID_CONFLICT, error, event_id)
     return None
 
 
-def _acks(item: Decoded, rejections: list[Rejection | None], topics: Topics) -> list[Reply]:
-    """Return the one ACK of a message, or none if there is no topic to send it to."""
+def _acks(
+    item: DecodedMessage, rejections: Sequence[Rejection | None], topics: Topics
+) -> list[Reply]:
+    """Return the ACKs of a message: one, none if there is no topic to send it to.
+
+    More than one only where more events were refused than one array may hold.
+    """
     device_id = item.device_id
     if device_id is None or (topic := topics.ack(device_id)) is None:
         return []
     answers = [
         ack(device_id, result.event_id, rejection)
-        for result, rejection in zip(item.results, rejections, strict=True)
+        for result, rejection in zip(item.decoded.results, rejections, strict=True)
     ]
-    return [ack_for(topic, answers, is_array=item.is_array)]
+    return [
+        ack_for(topic, answers[begin : begin + ARRAY_EVENTS_MAX], is_array=item.decoded.is_array)
+        for begin in range(0, len(answers), ARRAY_EVENTS_MAX)
+    ]
 
 
-def _dead_letters(item: Decoded, rejections: list[Rejection | None]) -> list[DeadLetter]:
-    """Return what to keep of a message: each refused event, whole."""
-    if not any(rejections):
+def _dead_letters(item: DecodedMessage, rejections: Sequence[Rejection | None]) -> list[DeadLetter]:
+    """Return what to keep of a message: each refused event, or the whole message once."""
+    refused = {index: rejection for index, rejection in enumerate(rejections) if rejection}
+    if not refused:
         return []
     payload = item.message.payload
-    payloads = elements(payload, len(rejections)) if item.is_array else [payload]
-    return [
-        DeadLetter(
-            received_at=item.message.received_at,
-            reason=rejection.reason,
-            error=rejection.error,
-            topic=item.message.topic,
-            device_id=item.device_id,
-            event_id=result.event_id,
-            payload=own_payload,
+    first_index, first = next(iter(refused.items()))
+    if item.decoded.is_whole or not item.decoded.is_array:
+        event_id = item.decoded.results[0].event_id if len(rejections) == 1 else None
+        return [_dead_letter(item, first, event_id, payload)]
+    if len(refused) > ELEMENTS_KEPT_MAX:
+        error = (
+            f"{len(refused)} of {len(rejections)} events were refused, the first of them"
+            f" (number {first_index + 1}): {first.error}"
         )
-        for result, rejection, own_payload in zip(item.results, rejections, payloads, strict=True)
-        if rejection is not None
+        return [_dead_letter(item, first._replace(error=error), None, payload)]
+    return [
+        _dead_letter(item, refused[index], item.decoded.results[index].event_id, own_payload)
+        for index, own_payload in zip(refused, elements(payload, list(refused)), strict=True)
     ]
+
+
+def _dead_letter(
+    item: DecodedMessage, rejection: Rejection, event_id: str | None, payload: bytes
+) -> DeadLetter:
+    return DeadLetter(
+        received_at=item.message.received_at,
+        reason=rejection.reason,
+        error=rejection.error,
+        topic=item.message.topic,
+        device_id=item.device_id,
+        event_id=event_id,
+        payload=payload,
+    )

@@ -28,20 +28,17 @@ class Reason(StrEnum):
     NOT_STORABLE = "not_storable"
 
 
-class Rejection(Exception):
-    """One event, or one whole payload, that will not be stored.
+class Rejection(NamedTuple):
+    """Why one event, or one whole payload, is not stored.
 
-    Raised where the fault is found; in an array it is kept as that event's result.
-    `error` says in words which field is wrong and what was expected; it is bounded in
-    length, whatever the device sent.
+    Plain data and not an exception: one that is kept keeps its traceback, and with it the
+    payloads of whole batches. `error` names the field and what was expected; it is bounded in
+    length, whatever the device sent. `event_id` is the event's own, where it can be read.
     """
 
-    def __init__(self, reason: Reason, error: str) -> None:
-        super().__init__(reason, error)
-        self.reason = reason
-        self.error = error
-        # The event's own id, set by event.py if that much was valid.
-        self.event_id: str | None = None
+    reason: Reason
+    error: str
+    event_id: str | None = None
 
 
 class DeadLetter(NamedTuple):

@@ -237,7 +237,8 @@ class Store:
             return {row[0] for row in self._insert_rows(sql, rows, "ts_device")}, {}
         except _EventRefused as error:
             if len(rows) == 1:
-                return set(), {rows[0].event_id: Rejection(Reason.NOT_STORABLE, str(error))}
+                event_id = rows[0].event_id
+                return set(), {event_id: Rejection(Reason.NOT_STORABLE, str(error), event_id)}
         # One bad row fails them all. Halving finds it in log2(n) more statements, and costs
         # nothing when there is none; a savepoint for each row would always cost.
         middle = len(rows) // 2
