@@ -12,6 +12,7 @@ Each statement commits by itself, which costs half of an explicit transaction (0
 safe: neither is PUBACKed before both are committed, and the broker sends both again.
 """
 
+import hashlib
 import json
 import logging
 import select
@@ -51,7 +52,15 @@ _FETCH = (
     f"SELECT {', '.join(Event._fields[:-1])}, coalesce(meta, '{{}}')::text "
     "FROM events WHERE event_id = ANY(%s)"
 )
-_KEEP = f"INSERT INTO dead_letters ({', '.join(DeadLetter._fields)}) VALUES {{rows}} RETURNING id"
+# What comes again was refused again, so it needs somebody's attention again.
+_KEEP = (
+    f"INSERT INTO dead_letters (digest, times, last_received_at, {', '.join(DeadLetter._fields)})"
+    " VALUES {rows} ON CONFLICT (digest) DO UPDATE SET"
+    " times = dead_letters.times + excluded.times, error = excluded.error,"
+    " last_received_at = greatest(dead_letters.last_received_at, excluded.last_received_at),"
+    " replayed_at = NULL, replay_outcome = NULL RETURNING digest, id"
+)
+_KEEP_ROW = f"({', '.join(['%s'] * (3 + len(DeadLetter._fields)))})"
 
 
 Meanwhile = Callable[[bool], tuple[Sequence[Any], bool]]
@@ -73,7 +82,7 @@ class Table(Enum):
     """What grows: a table, its key, and the column that says how old a row is."""
 
     EVENTS = ("events", "event_id", "ts_server")
-    DEAD_LETTERS = ("dead_letters", "id", "received_at")
+    DEAD_LETTERS = ("dead_letters", "id", "last_received_at")
 
 
 class StoreUnavailable(Exception):
@@ -223,12 +232,23 @@ class Store:
         return [result for result in results if result is not None]
 
     def keep(self, letters: Sequence[DeadLetter]) -> list[int]:
-        """Keep the dead letters; return their ids in the same order."""
+        """Keep the dead letters, equal ones as one row; return their ids in the same order."""
         if not letters:
             return []
-        rows = self._insert_rows(_KEEP, letters, "received_at")
-        # Identity values are given out in the order of VALUES; RETURNING promises none.
-        return sorted(row[0] for row in rows)
+        digests = [_digest(letter) for letter in letters]
+        # ON CONFLICT DO UPDATE takes no row twice.
+        groups: dict[bytes, list[DeadLetter]] = {}
+        for digest, letter in zip(digests, letters, strict=True):
+            groups.setdefault(digest, []).append(letter)
+        values: list[Any] = []
+        # Sorted, because two writers that take the same rows in other orders deadlock.
+        for digest in sorted(groups):
+            first, last = groups[digest][0], groups[digest][-1]
+            values += (digest, len(groups[digest]), last.received_at)
+            values += last._replace(received_at=first.received_at)
+        rows = self._run(_KEEP.format(rows=", ".join([_KEEP_ROW] * len(groups))), values)
+        ids = {bytes(digest): letter_id for digest, letter_id in rows}
+        return [ids[digest] for digest in digests]
 
     def _insert(self, rows: list[Event]) -> tuple[set[str], dict[str, Rejection]]:
         """Insert rows with distinct ids; return the ids inserted, and those refused."""
@@ -337,6 +357,14 @@ class _EventRefused(StoreUnavailable):
 
     Where no event can be at fault it is what it inherits from: try again, loudly.
     """
+
+
+def _digest(letter: DeadLetter) -> bytes:
+    """Return what makes two letters the same row; 006_dead_letter_groups.sql has it in SQL."""
+    # The topic too, because a replay answers its device. None of the two can hold a NUL.
+    digest = hashlib.sha256(f"{letter.reason}\0{letter.topic}\0".encode())
+    digest.update(letter.payload)
+    return digest.digest()
 
 
 def _same(event: Event, row: Event) -> bool:
