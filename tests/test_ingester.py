@@ -113,8 +113,9 @@ def test_an_array_is_answered_by_one_array_in_its_order(running: Pipeline) -> No
         ("device-1-3", "stored", None),
     ]
     assert running.database.count() == 2
-    kept = running.database.query("SELECT payload FROM dead_letters ORDER BY id")
-    assert [json.loads(bytes(row[0])) for row in kept] == [sent[1], 7, sent[4]]
+    kept = dict(running.database.query("SELECT id, payload FROM dead_letters"))
+    of_each = [kept[letter["id"]] for letter in device.dead_letters]
+    assert [json.loads(bytes(payload)) for payload in of_each] == [sent[1], 7, sent[4]]
     assert [json.loads(letter["payload"]) for letter in device.dead_letters] == [
         sent[1],
         7,

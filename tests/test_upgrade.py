@@ -16,6 +16,7 @@ from tests.pipeline import Database, Pipeline, wait_until
 from tools.process import CHECKOUT, StackError, clean_environment, run
 from tools.stack import Stack
 
+FIRST_RELEASE = CHECKOUT / "tests/data/schema_0.1.0.sql"
 # What the columns of 0.1.0 can hold: each type, NULL wherever it is allowed, odd times.
 ROWS = r"""
 INSERT INTO events VALUES
