@@ -7,9 +7,11 @@ the event contract.
 Invariant: a batch is settled only after ingest() has returned for it. Whatever else
 happens it stays in hand, and stays with the broker, to be tried again.
 
-Exit codes: 0 after SIGTERM or SIGINT, 2 for wrong settings, 1 with a traceback for a bug.
+Exit codes: 0 after SIGTERM or SIGINT, 2 for wrong settings, 1 with a traceback for a bug. A
+loop that hangs is ended by SIGALRM, with a traceback of where it hung.
 """
 
+import faulthandler
 import logging
 import os
 import signal
@@ -22,13 +24,14 @@ from typing import Any
 from dotenv import load_dotenv
 
 from ingester.broker import Broker
+from ingester.connection import LOOK_SECONDS, StoreUnavailable
 from ingester.decoder import Decoder
 from ingester.ingest import ingest
 from ingester.outage import Outage
 from ingester.progress import OFFLINE, Progress, State
 from ingester.retention import Retention
 from ingester.settings import Settings, SettingsError
-from ingester.store import Store, StoreUnavailable
+from ingester.store import Store
 
 # How long the loop waits for something to happen; a signal is noticed at the latest then.
 TURN_SECONDS = 0.5
@@ -39,6 +42,12 @@ PING_SECONDS = 10.0
 PENDING_SECONDS_MAX = 10.0
 # From a signal on, the batch in hand may still take this long; the whole stop 5 s.
 FINISH_SECONDS = 3.0
+# Longer than anything that does not come back to the loop may take: by then the broker has cut
+# the session, so that nothing is lost with the process.
+HANG_SECONDS_MAX = 30.0
+# glibc by default asks a mute resolver for 10 s, two of them with a search domain for 40 s, and
+# nothing else is done meanwhile.
+RESOLVER_OPTIONS = "timeout:1 attempts:2"
 
 
 class Daemon:
@@ -48,7 +57,7 @@ class Daemon:
         self._settings = settings
         self._stopping = False
         self._broker = Broker(settings, last_will=OFFLINE)
-        self._store = Store(settings.database, meanwhile=self._meanwhile)
+        self._store = Store(settings.database, session=self)
         self._decoder = Decoder(settings.topics, settings.device_default_tz)
         self._database = Outage("Postgres")
         self._retention = Retention(self._store, settings.retention_days)
@@ -60,9 +69,20 @@ class Daemon:
         self._stopping = True
         self._store.give_up_at(time.monotonic() + FINISH_SECONDS)
 
+    @property
+    def sockets(self) -> Sequence[Any]:
+        """What to look at while the database works; see connection.Session."""
+        return self._broker.sockets
+
+    def serve(self) -> None:
+        """Serve the broker while the database works; see connection.Session."""
+        still_alive()
+        self._broker.serve()
+
     def run(self) -> None:
         """Move batches until stop(), then disconnect."""
         while not self._stopping:
+            still_alive()
             if pause_seconds := self._database.pause_seconds():
                 self._broker.wait(min(pause_seconds, TURN_SECONDS))
             else:
@@ -70,6 +90,7 @@ class Daemon:
                     self._turn()
                     self._retention.turn()
                 except StoreUnavailable as error:
+                    self._store.roll_back()
                     self._database.failed(str(error))
             self._report()
         self._retention.close()
@@ -84,7 +105,7 @@ class Daemon:
         batch = self._broker.receive(self._settings.batch_max, seconds_max)
         began_at = time.monotonic()
         if batch:
-            done = ingest(batch, self._store, self._decoder)
+            done = ingest(batch, self._store, self._decoder, self._decode_ahead)
             self._broker.settle(batch[: done.messages], done.replies)
             self._progress.settled(done.counts(), time.monotonic() - began_at)
             self._answered_at = began_at
@@ -93,11 +114,11 @@ class Daemon:
             self._answered_at = began_at
         self._database.over()
 
-    def _meanwhile(self, is_ready: bool) -> tuple[Sequence[Any], bool]:
-        """Do a step of what can be done while the database works; see Store."""
-        if is_ready:
-            self._broker.take_in()
-        return self._broker.sockets, self._decoder.decode_ahead(self._broker.messages)
+    def _decode_ahead(self) -> None:
+        """Decode what comes next, until the database has answered."""
+        has_more = True
+        while not self._store.is_answered(0 if has_more else LOOK_SECONDS):
+            has_more = self._decoder.decode_ahead(self._broker.messages)
 
     def _report(self) -> None:
         """Tell log, healthcheck and status topic how it is, as far as it is time to."""
@@ -128,11 +149,19 @@ def main() -> int:
         print(f"ingester: {error}", file=sys.stderr)
         return 2
     _log_to_stdout(settings.log_level)
+    os.environ.setdefault("RES_OPTIONS", RESOLVER_OPTIONS)
+    # The traceback, then what SIGALRM does by itself. No thread: the kernel counts.
+    faulthandler.register(signal.SIGALRM, file=sys.stderr, all_threads=False, chain=True)
     daemon = Daemon(settings)
     signal.signal(signal.SIGTERM, daemon.stop)
     signal.signal(signal.SIGINT, daemon.stop)
     daemon.run()
     return 0
+
+
+def still_alive() -> None:
+    """Put off the alarm that ends a process whose loop hangs."""
+    signal.setitimer(signal.ITIMER_REAL, HANG_SECONDS_MAX)
 
 
 def _log_to_stdout(level: str) -> None:

@@ -293,7 +293,7 @@ class Broker:
         has_room = len(self._in_hand) < 2 * self._settings.batch_max and not self._overflowed
         return [sock] if has_room and (sock := self._client.socket()) else []
 
-    def take_in(self) -> None:
+    def serve(self) -> None:
         """Take in hand what has arrived, without waiting, until there is no more room.
 
         The last read may bring more than there was room for, up to READ_AHEAD_BYTES.

@@ -24,12 +24,12 @@ from typing import NoReturn
 
 from dotenv import load_dotenv
 
+from ingester.connection import StoreUnavailable
 from ingester.event import SCHEMA, decode
 from ingester.letterbox import STORED, Count, Filter, Letter, Letterbox
 from ingester.rejection import Reason, Rejection
 from ingester.reply import timestamp
 from ingester.settings import Settings, SettingsError
-from ingester.store import StoreUnavailable
 from ingester.terminal import Ticker, columns, payload_lines, printable
 from ingester.visitor import BrokerUnavailable, Visitor
 

@@ -9,7 +9,7 @@ given again: what was stored comes out as a duplicate, which gets the very same 
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from ingester.broker import Message
@@ -23,14 +23,19 @@ from ingester.topic import Topics
 # Refused elements of one array that are kept one by one; of more, the whole message is kept
 # once, so that what a message costs stays in proportion to its bytes.
 ELEMENTS_KEPT_MAX = 20
+# A broker hands a retained message out again at each connect, also long after retention has
+# deleted its row, and would so bring it back each time.
+RETAINED = Rejection(
+    Reason.NOT_STORABLE, "events must not be retained: publish it again without the retain flag"
+)
 
 
 class Ingested(NamedTuple):
     """What became of the messages that were ingested, and what to publish."""
 
     messages: int
-    outcomes: list[Outcome | Rejection]  # of the valid events
-    invalid: int  # events that are not
+    received: int  # events, valid or not
+    outcomes: list[Outcome | Rejection]  # of the valid ones
     dead_lettered: int
     replies: list[Reply]
 
@@ -38,32 +43,40 @@ class Ingested(NamedTuple):
         """Return what to count."""
         stored = self.outcomes.count(Outcome.STORED)
         duplicates = self.outcomes.count(Outcome.DUPLICATE)
-        received = len(self.outcomes) + self.invalid
         return Counter(
             messages=self.messages,
-            received=received,
+            received=self.received,
             stored=stored,
             duplicates=duplicates,
-            rejected=received - stored - duplicates,
+            rejected=self.received - stored - duplicates,
             dead_lettered=self.dead_lettered,
         )
 
 
-def ingest(messages: Sequence[Message], store: Store, decoder: Decoder) -> Ingested:
+def ingest(
+    messages: Sequence[Message],
+    store: Store,
+    decoder: Decoder,
+    work_meanwhile: Callable[[], None] = lambda: None,
+) -> Ingested:
     """Store the events of the messages, or of the first of them; say what to publish.
 
-    Raises StoreUnavailable.
+    `work_meanwhile` is called while the database stores them. Raises StoreUnavailable.
     """
     batch = decoder.take(messages)
     topics = decoder.topics
-    results = [result for item in batch for result in item.decoded.results]
-    events = [result for result in results if isinstance(result, Event)]
-    outcomes = store.insert(events)
+    fresh = [event for item in batch if not item.message.retain for event in _events(item)]
+    store.begin_insert(fresh)
+    work_meanwhile()
+    outcomes = store.finish_insert()
+    retained = [event for item in batch if item.message.retain for event in _events(item)]
+    found = [outcome or RETAINED for outcome in store.look_up(retained)]
 
-    outcome = iter(outcomes)
+    of_fresh, of_retained = iter(outcomes), iter(found)
     acks: list[Reply] = []
     letters: list[DeadLetter] = []
     for item in batch:
+        outcome = of_retained if item.message.retain else of_fresh
         rejections = [
             _rejection(next(outcome), result.event_id) if isinstance(result, Event) else result
             for result in item.decoded.results
@@ -76,14 +89,19 @@ def ingest(messages: Sequence[Message], store: Store, decoder: Decoder) -> Inges
         dead_letter_for(topics.deadletter, letter_id, letter)
         for letter_id, letter in zip(ids, letters, strict=True)
     ]
-    invalid = len(results) - len(events)
-    return Ingested(len(batch), outcomes, invalid, len(letters), acks + dead_letters)
+    received = sum(len(item.decoded.results) for item in batch)
+    replies = acks + dead_letters
+    return Ingested(len(batch), received, outcomes + found, len(letters), replies)
+
+
+def _events(item: DecodedMessage) -> Iterator[Event]:
+    return (result for result in item.decoded.results if isinstance(result, Event))
 
 
 def _rejection(verdict: Outcome | Rejection, event_id: str) -> Rejection | None:
     """Return why an event is refused; None if its row is there, which is all that counts."""
     if isinstance(verdict, Rejection):
-        return verdict
+        return verdict._replace(event_id=event_id)
     if verdict is Outcome.CONFLICT:
         error = "event_id: was stored before with other content, which stays"
         return Rejection(Reason.EVENT_ID_CONFLICT, error, event_id)

@@ -13,7 +13,8 @@ import time
 from collections import Counter
 from collections.abc import Generator
 
-from ingester.store import Store, StoreUnavailable, Table
+from ingester.connection import StoreUnavailable
+from ingester.store import Store, Table
 
 log = logging.getLogger(__name__)
 
