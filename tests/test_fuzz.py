@@ -24,7 +24,6 @@ from zoneinfo import ZoneInfo
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from psycopg2 import extensions
 
 from ingester.event import Event, decode
 from ingester.rejection import Rejection
