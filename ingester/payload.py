@@ -241,9 +241,10 @@ _ID = re.compile(rb'k:"(?<=[{,]k:")')
 # A container that belongs to a key, or to nobody knows what.
 _OBJECT_WITHIN = re.compile(rb"\{(?<=[^\[\]},]\{)")
 _ARRAY_WITHIN = re.compile(rb"\[(?<=[^\[\]},]\[)")
-_CLOSING = {ord("{"): ord("}"), ord("("): ord("}"), ord("["): ord("]"), ord("<"): ord("]")}
-_EVENT, _OWN_ID = ord("{"), ord("I")
-_EVENT_CLOSINGS = (b"}", b"]}")
+_OPENING = {ord("}"): b"{(", ord("]"): b"[<"}
+_OBJECT, _OWN_ID = ord("{"), ord("I")
+# What is open around an event's own members.
+_IN_EVENT = (b"{", b"[{")
 # Of either kind of quotes; the last one may not be closed.
 _PYTHON_STRINGS = re.compile(rb"""('[^']*'?|"[^"]*"?)""")
 
@@ -295,20 +296,20 @@ def _ids_at(compact: bytes, keys: Sequence[int]) -> list[int]:
     tokens = _ARRAY_WITHIN.sub(b"<", _OBJECT_WITHIN.sub(b"(", _ID.sub(b"I", compact)))
     tokens = tokens.translate(None, b'x,:"')
     tokens = tokens.replace(b"[]", b"").replace(b"<]", b"").replace(b"(}", b"")
-    closings = bytearray()
+    opened = bytearray()
     found: list[int | None] = []
     key = -1
     for token in tokens:
-        if token in _CLOSING:
-            closings.append(_CLOSING[token])
-            if token == _EVENT and closings in _EVENT_CLOSINGS:
+        if token in b"[<{(":
+            opened.append(token)
+            if token == _OBJECT and opened in _IN_EVENT:
                 found.append(None)
         elif token in b"]}":
-            if not closings or closings.pop() != token:
+            if not opened or opened.pop() not in _OPENING[token]:
                 break
         else:
             key += 1
-            if token == _OWN_ID and closings in _EVENT_CLOSINGS:
+            if token == _OWN_ID and opened in _IN_EVENT:
                 found[-1] = keys[key] + 1
     return [index for index in found if index is not None]
 
