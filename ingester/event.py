@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Sequence
 from datetime import UTC, datetime, tzinfo
+from functools import lru_cache
 from typing import Any, NamedTuple, TypeGuard
 
 from ingester.payload import NotJSONError, Parsed, begins_array, event_ids, is_finite, parse
@@ -148,10 +149,17 @@ def _finite_result(fields: Any, device_id: str, default_tz: tzinfo) -> Event | R
     return _result(fields, device_id, default_tz)
 
 
+@lru_cache(maxsize=256)
+def _shared(error: str) -> str:
+    """Return the same object for the same text: of a thousand answers, most say the same."""
+    return error
+
+
 def _rejection(refused: _Refused, fields: Any) -> Rejection:
     # The device knows its event by the id, so the answer carries it where it can.
     event_id = fields.get("event_id") if isinstance(fields, dict) else None
-    return Rejection(refused.reason, refused.error, event_id if _is_event_id(event_id) else None)
+    event_id = event_id if _is_event_id(event_id) else None
+    return Rejection(refused.reason, _shared(refused.error), event_id)
 
 
 def _parse(payload: bytes) -> Parsed:

@@ -235,9 +235,9 @@ _KEY = b"event_id"
 # Between strings stands one of [ ] { } , : and else a quote is missing somewhere, or one too
 # many: from there on, what is taken for a string may be what stands between two.
 _QUOTES_DOUBTFUL = re.compile(rb'["k](?:[^,:\]}]|(?<=[^\[{,:]["k]))')
-# An event's own id, k being the key and " any other string. What is looked for comes first and
-# what must stand before it last: so re finds it without trying at each byte.
-_ID = re.compile(rb'k:"(?<=[{,]k:")')
+# The key of an event's own id, k being such a key and " any other string. What is looked for
+# comes first and what must stand before it last: so re finds it without trying at each byte.
+_OWN_KEY = re.compile(rb'k(?=:["k](?:[,}]|\Z))(?<=[{,]k)')
 # A container that belongs to a key, or to nobody knows what.
 _OBJECT_WITHIN = re.compile(rb"\{(?<=[^\[\]},]\{)")
 _ARRAY_WITHIN = re.compile(rb"\[(?<=[^\[\]},]\[)")
@@ -293,7 +293,7 @@ def _split(hidden: bytes) -> tuple[list[bytes], list[bytes]]:
 
 def _ids_at(compact: bytes, keys: Sequence[int]) -> list[int]:
     """Return which strings are ids, of a text whose strings are k (the `keys`) and quotes."""
-    tokens = _ARRAY_WITHIN.sub(b"<", _OBJECT_WITHIN.sub(b"(", _ID.sub(b"I", compact)))
+    tokens = _ARRAY_WITHIN.sub(b"<", _OBJECT_WITHIN.sub(b"(", _OWN_KEY.sub(b"I", compact)))
     tokens = tokens.translate(None, b'x,:"')
     tokens = tokens.replace(b"[]", b"").replace(b"<]", b"").replace(b"(}", b"")
     opened = bytearray()

@@ -965,7 +965,9 @@ PLACES = [
 ]
 
 
-@pytest.mark.parametrize("levels", [*range(46, 50), *range(60, 68), *range(950, 1000, 7), 5000, 100_000])
+@pytest.mark.parametrize(
+    "levels", [*range(46, 50), *range(60, 68), *range(950, 1000, 7), 5000, 100_000]
+)
 def test_nesting_of_any_depth_gives_results_or_a_rejection(levels: int) -> None:
     for opening, closing in CONTAINERS:
         for before, after in PLACES:
