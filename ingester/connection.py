@@ -255,9 +255,11 @@ class Connection:
         try:
             self._cursor = self._connection.cursor()
             self._cursor.execute(sql, values or None)
-            self._state = self._connection.poll()
         except psycopg2.Error as error:
             raise self._failed(error) from None
+        # The answer may be here already, and an error in it is for rows() to raise. The first
+        # step polls: a socket is soon ready for writing.
+        self._state = extensions.POLL_WRITE
 
     def _step(self, seconds_max: float) -> bool:
         """Wait for the server or the other session, once, and do what can be done then."""

@@ -206,6 +206,17 @@ def test_what_another_writer_commits_meanwhile_is_a_duplicate(
     assert results == [DUPLICATE]
 
 
+def test_an_answer_that_comes_at_once_is_an_answer_like_any_other(
+    store: Store, database: Database
+) -> None:
+    database.query("ALTER TABLE events ADD CHECK (value_num < 30)")
+    # Before the statement is sent in full, or right behind it: on a busy machine it is often so.
+    for number in range(1_000):
+        store.begin_insert([make(f"bad-{number}", value_num=30.0)])
+        assert "check constraint" in refused(store.finish_insert()[0])
+        store.keep([])
+
+
 def test_dead_letters_are_kept_whole(store: Store, database: Database) -> None:
     payloads = [bytes(range(256)), b"", b"x" * 300_000]
     letters = [
