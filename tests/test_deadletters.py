@@ -505,6 +505,20 @@ def test_a_whole_array_of_which_many_were_refused_is_replayed_as_one(online: Pip
     assert outcomes(database) == [("stored",)]
 
 
+def test_what_is_not_json_is_answered_again_for_each_id_that_it_holds(online: Pipeline) -> None:
+    cut = json.dumps([event(1), event(2), event(3)]).encode()[:-2]
+    with online.device() as device:
+        device.publish(cut)
+        device.wait(lambda: len(device.acks) == 3 and bool(device.dead_letters), "the answers")
+        tool(online, "replay", 1, expected=1)
+        device.wait(lambda: len(device.acks) == 6, "the answers again")
+    assert device.acks[3:] == device.acks[:3]
+    assert [ack["event_id"] for ack in device.acks[:3]] == [f"device-1-{n}" for n in (1, 2, 3)]
+    assert len(device.dead_letters) == 1
+    state = "SELECT id, times, replay_outcome FROM dead_letters"
+    assert online.database.query(state) == [(1, 1, "not_json")]
+
+
 def test_a_letter_of_another_partition_is_replayed_as_its_devices(online: Pipeline) -> None:
     # As an ingester with MQTT_EVENTS_TOPIC=qs/v1/part/1/+/events has kept them.
     topic = "qs/v1/part/1/device-1/events"
