@@ -38,14 +38,14 @@ LOOK_SECONDS = 0.25
 
 # What the database or the role may have set otherwise, and correctness depends on: how values
 # are read and written, how durable a commit is, and that no timeout but ours ends a statement.
-# Pinned once connected, since a connection option would override the user's PGOPTIONS.
+# Pinned once connected, since a connection option would override the user's PGOPTIONS. Not
+# standard_conforming_strings: psycopg2 quotes by what it was when it connected.
 PINS = {
     "TimeZone": "UTC",  # keeps the year 1 the year 1
     "DateStyle": "ISO, YMD",
     "IntervalStyle": "postgres",
     "bytea_output": "hex",
     "extra_float_digits": "1",  # the shortest text that gives the same double
-    "standard_conforming_strings": "on",
     "synchronous_commit": "on",  # or what is stricter; the promise rests on it
     "default_transaction_isolation": "read committed",  # a row committed meanwhile is seen
     "search_path": "public",  # behind the owner's own
@@ -227,22 +227,12 @@ class Connection:
 
     def is_answered(self, seconds_max: float) -> bool:
         """Wait so long, or until something can be read; tell whether rows() need not wait."""
-        try:
-            return self._step(seconds_max)
-        except psycopg2.Error as error:
-            self._failure = self._failed(error)
-        except StoreUnavailable as error:
-            self._failure = error
-        self._state = extensions.POLL_OK
-        return True
+        self._step(seconds_max)
+        return bool(self._state == extensions.POLL_OK)
 
     def rows(self) -> list[tuple[Any, ...]]:
         """Wait for the answer to send(); return its rows, of which there may be none."""
-        while not self.is_answered(LOOK_SECONDS):
-            pass
-        failure, self._failure = self._failure, None
-        if failure is not None:
-            raise failure
+        self._wait()
         self.round_trip_seconds = time.monotonic() - self._sent_at
         rows: list[tuple[Any, ...]] = self._cursor.fetchall() if self._cursor.description else []
         return rows
@@ -257,14 +247,28 @@ class Connection:
             self._cursor.execute(sql, values or None)
         except psycopg2.Error as error:
             raise self._failed(error) from None
-        # The answer may be here already, and an error in it is for rows() to raise. The first
-        # step polls: a socket is soon ready for writing.
-        self._state = extensions.POLL_WRITE
+        self._poll()
 
-    def _step(self, seconds_max: float) -> bool:
+    def _wait(self) -> None:
+        """Wait until nothing is under way any more."""
+        while not self.is_answered(LOOK_SECONDS):
+            pass
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+
+    def _poll(self) -> None:
+        """Go on with what is under way; an error, which may come at once, is for rows()."""
+        try:
+            self._state = self._connection.poll()
+        except psycopg2.Error as error:
+            self._failure = self._failed(error)
+            self._state = extensions.POLL_OK
+
+    def _step(self, seconds_max: float) -> None:
         """Wait for the server or the other session, once, and do what can be done then."""
         if self._state == extensions.POLL_OK:
-            return True
+            return
         # Nothing of the other session is read before there is something to read: on two cores,
         # what is done first keeps the server from beginning (0.05 ms of 1.4 to an ACK).
         others = self._session.sockets if self._session else []
@@ -273,16 +277,16 @@ class Connection:
         left_seconds = min(self._deadline, self._give_up_at) - time.monotonic()
         if left_seconds <= 0:
             self.close()
-            raise StoreUnavailable("no answer in time")
+            self._failure = StoreUnavailable("no answer in time")
+            return
         readable, writable, _ = select.select(
             [*reading, *others], writing, [], min(seconds_max, left_seconds)
         )
         if self._connection in readable or writable:
-            self._state = self._connection.poll()
+            self._poll()
         elif self._session and (readable or self._is_serving_due()):
             self._served_at = time.monotonic()
             self._session.serve()
-        return bool(self._state == extensions.POLL_OK)
 
     def _is_serving_due(self) -> bool:
         return time.monotonic() - self._served_at >= SERVE_SECONDS
@@ -321,9 +325,8 @@ class Connection:
             keepalives_count=3,
             tcp_user_timeout=15_000,
         )
-        self._state = self._connection.poll()
-        while not self._step(LOOK_SECONDS):
-            pass
+        self._poll()
+        self._wait()
 
     def _set_up(self) -> None:
         """Check the database, pin the settings, and prepare the statements."""
