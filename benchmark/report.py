@@ -13,8 +13,8 @@ from operator import getitem
 from typing import Any
 
 Results = dict[str, list[Any]]
-# How much slower than another checkout this one may be: what the rounds of one run differ by.
-SLOWER_MAX = 0.05
+# How much slower than another checkout this one may be, in percent.
+SLOWER_PERCENT_MAX = 5
 
 
 def median(results: Results, name: str, *, path: Sequence[str]) -> float:
@@ -71,10 +71,10 @@ def against(name: str, results: dict[str, Any]) -> tuple[str, bool]:
         medians = [f"{value:,.{digits}f}" for value in (this, other)]
         rows.append([label, *medians, f"{this / other:.3f}", ratios])
         if "events_per_second" in path:
-            keeps_up = this >= other * (1 - SLOWER_MAX)
+            keeps_up = this >= other * (1 - SLOWER_PERCENT_MAX / 100)
             is_within &= keeps_up
-            verdict = "is within" if keeps_up else "is slower by more than"
-            verdicts.append(f"{path[0].capitalize()}: this {verdict} {SLOWER_MAX:.0%}.")
+            verdict = "within" if keeps_up else "slower by more than"
+            verdicts.append(f"{path[0].capitalize()}: {verdict} {SLOWER_PERCENT_MAX} %.")
     head = ["", "this", "other", "ratio", "ratios of the pairs"]
     parts = [
         f"# Benchmark of {name}",
