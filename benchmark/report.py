@@ -13,6 +13,8 @@ from operator import getitem
 from typing import Any
 
 Results = dict[str, list[Any]]
+# How much slower than another checkout this one may be, in percent.
+SLOWER_PERCENT_MAX = 5
 
 
 def median(results: Results, name: str, *, path: Sequence[str]) -> float:
@@ -45,6 +47,44 @@ def _figures(systems: Results, name: str) -> dict[str, str]:
         )
     rows["memory at most, MB"] = f"{figure('memory_mb'):.0f}"
     return rows
+
+
+def against(name: str, results: dict[str, Any]) -> tuple[str, bool]:
+    """Return the comparison with another checkout as Markdown, and whether this keeps up.
+
+    A round of each makes a pair: they were measured one right after the other.
+    """
+    systems = results["systems"]
+    rows, verdicts, is_within = [], [], True
+    for label, path in {
+        "singles: events/s": ("singles", "events_per_second"),
+        "arrays: events/s": ("arrays", "events_per_second"),
+        "ACK at 200/s: p50, ms": ("latency", "200", "p50_ms"),
+    }.items():
+        this, other = (median(systems, key, path=path) for key in ("this", "other"))
+        pairs = [
+            reduce(getitem, path, ours) / reduce(getitem, path, theirs)
+            for ours, theirs in zip(systems["this"], systems["other"], strict=True)
+        ]
+        ratios = " ".join(f"{ratio:.2f}" for ratio in pairs)
+        digits = 2 if "ms" in label else 0
+        medians = [f"{value:,.{digits}f}" for value in (this, other)]
+        rows.append([label, *medians, f"{this / other:.3f}", ratios])
+        if "events_per_second" in path:
+            keeps_up = this >= other * (1 - SLOWER_PERCENT_MAX / 100)
+            is_within &= keeps_up
+            verdict = "within" if keeps_up else "slower by more than"
+            verdicts.append(f"{path[0].capitalize()}: {verdict} {SLOWER_PERCENT_MAX} %.")
+    head = ["", "this", "other", "ratio", "ratios of the pairs"]
+    parts = [
+        f"# Benchmark of {name}",
+        "Medians of the rounds. What the figures mean, and what they do not: ../README.md.",
+        _table(["", ""], list(results["machine"].items())),
+        _table(head, rows),
+        " ".join(verdicts),
+        comparison(systems),
+    ]
+    return "\n\n".join(parts) + "\n", is_within
 
 
 def render(name: str, results: dict[str, Any]) -> str:

@@ -2,6 +2,8 @@
 
     .venv/bin/python -m benchmark.run              everything, about 20 minutes
     .venv/bin/python -m benchmark.run --short      a minute: what CI runs
+    .venv/bin/python -m benchmark.run --against FOLDER
+                                                   the ingester beside that of another checkout
 
 What it does: runs each system on a fresh stack (tools/stack.py), in turn and several times,
 measures, and checks in each measurement that every event sent is ACKed and a row. What it
@@ -14,9 +16,10 @@ benchmark/README.md says what the figures mean, and what they do not.
 import argparse
 import itertools
 import json
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -25,7 +28,7 @@ from typing import Any, NamedTuple
 from benchmark import node_red, profile, queries, report
 from benchmark.fleet import Fleet, FleetError, publishes
 from benchmark.machine import CpuClock, describe, memory_peak_mb
-from tools.process import Process, StackError
+from tools.process import CHECKOUT, Process, StackError
 from tools.stack import Ingester, Stack
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -78,6 +81,14 @@ SHORT = Size(
     singles={"ingester": 15_000, "plain": 3_000},
     arrays={"ingester": 600, "plain": 60},
     latency_seconds={200: 3},
+)
+# Of this ingester and another one, by turns: an even number of rounds, so that each is first as
+# often as the other.
+AGAINST = Size(
+    rounds=6,
+    singles={"this": 60_000, "other": 60_000},
+    arrays={"this": 4_000, "other": 4_000},
+    latency_seconds={200: 10},
 )
 
 
@@ -196,13 +207,22 @@ def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
     print(f"{begin}{what}: {total:,} in {seconds:.1f} s", file=sys.stderr, flush=True)
 
 
-def compare(systems: dict[str, Callable[[Stack], Process]], size: Size) -> dict[str, list[Any]]:
-    """Measure each system so many times, in turn, each time on a fresh stack."""
+def compare(
+    systems: dict[str, Callable[[Stack], Process]],
+    size: Size,
+    checkouts: Mapping[str, Path] | None = None,
+) -> dict[str, list[Any]]:
+    """Measure each system so many times, in turn, each time on a fresh stack.
+
+    `checkouts`: those that are not of this one. Every other round is in the opposite order
+    (A B B A), so that a machine that becomes slower is unfair to nobody.
+    """
     results: dict[str, list[Any]] = {name: [] for name in systems}
     for number in range(1, size.rounds + 1):
-        for name, start in systems.items():
-            with Stack(with_ingester=False) as stack:
-                process = start(stack)
+        for name in list(systems)[:: 1 if number % 2 else -1]:
+            checkout = (checkouts or {}).get(name, CHECKOUT)
+            with Stack(checkout=checkout, with_ingester=False) as stack:
+                process = systems[name](stack)
                 try:
                     with Fleet(stack.ports.mqtt) as fleet:
                         label = f"{name} {number}/{size.rounds}"
@@ -271,15 +291,25 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="benchmark.run", description=__doc__.splitlines()[0])
     parser.add_argument("--short", action="store_true", help="what CI runs; keeps no results")
     parser.add_argument("--name", help="of the files in benchmark/results (default: the date)")
+    parser.add_argument(
+        "--against", type=_checkout, metavar="FOLDER", help="another checkout, to compare with"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=AGAINST.rounds, help="of --against (default: %(default)s)"
+    )
     arguments = parser.parse_args()
+    name = arguments.name or time.strftime("%Y-%m-%d", time.gmtime())
     systems: dict[str, Callable[[Stack], Process]] = {"ingester": ingester, "plain": plain}
     try:
         if arguments.short:
             return short(systems)
+        if arguments.against:
+            size = AGAINST._replace(rounds=arguments.rounds)
+            return against(arguments.against, size, f"{name}-against")
         if node_red.available():
             node_red.install()
             systems["node-red"] = red
-        return full(systems, arguments.name or time.strftime("%Y-%m-%d", time.gmtime()))
+        return full(systems, name)
     except (StackError, BenchmarkError, FleetError) as error:
         print(f"benchmark: {error}", file=sys.stderr)
         return 1
@@ -304,6 +334,35 @@ def full(systems: dict[str, Callable[[Stack], Process]], name: str) -> int:
     (RESULTS / f"{name}.md").write_text(text)
     print(text)
     return 0
+
+
+def _checkout(text: str) -> Path:
+    folder = Path(text).resolve()
+    if not (folder / "ingester/app.py").is_file():
+        raise argparse.ArgumentTypeError(f"{text} has no ingester/app.py")
+    return folder
+
+
+def against(checkout: Path, size: Size, name: str) -> int:
+    """Compare this ingester with that of another checkout; fail if it is slower."""
+    checkouts = {"this": CHECKOUT, "other": checkout}
+    results = {
+        "machine": describe() | {key: _version(folder) for key, folder in checkouts.items()},
+        "systems": compare({"this": ingester, "other": ingester}, size, checkouts),
+    }
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
+    text, is_within = report.against(name, results)
+    (RESULTS / f"{name}.md").write_text(text)
+    print(text)
+    return 0 if is_within else 1
+
+
+def _version(checkout: Path) -> str:
+    """Return what git calls it; the name of its folder, if git does not know it."""
+    command = ["git", "-C", str(checkout), "describe", "--always", "--tags", "--dirty"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or checkout.name
 
 
 def profiles() -> dict[str, Any]:

@@ -1,21 +1,26 @@
 """The benchmark, in its short form: all stored, all ACKed, and far ahead of the plain script.
 
 What it does: runs it as a person does and prints its figures; checks that its devices notice
-what is missing. What it does not: assert a time; only the ratio within one run.
+what is missing, and that another checkout runs as itself. What it does not: assert a time; only
+the ratio within one run.
 
 Invariant: a benchmark that loses an event fails, however fast it is.
 """
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from benchmark.fleet import Fleet, FleetError, publishes
-from benchmark.report import median
+from benchmark.report import against, median
 from tests.pipeline import Pipeline
 from tools.process import CHECKOUT
+from tools.stack import Stack
 
 pytestmark = pytest.mark.services
 
@@ -81,3 +86,39 @@ def test_an_ack_for_another_event_does_not_count(running: Pipeline) -> None:
 def test_a_median_is_taken_over_the_rounds() -> None:
     results = {"x": [{"a": {"b": 3}}, {"a": {"b": 1}}, {"a": {"b": 2}}]}
     assert median(results, "x", path=("a", "b")) == 2
+
+
+def test_another_checkout_runs_with_its_own_code_schema_and_broker_configuration(
+    tmp_path: Path,
+) -> None:
+    other = tmp_path / "other"
+    for name in ("ingester", "postgres/init", "mosquitto/config"):
+        shutil.copytree(CHECKOUT / name, other / name)
+    shutil.copy(CHECKOUT / "postgres/apply-schema.sh", other / "postgres")
+    with (other / "ingester/__init__.py").open("a") as file:
+        file.write("print('the other ingester', flush=True)\n")
+    (other / "postgres/init/999_other.sql").write_text("CREATE TABLE IF NOT EXISTS other ();\n")
+    with (other / "mosquitto/config/mosquitto.conf").open("a") as file:
+        file.write("# the other configuration\n")
+    with Stack(checkout=other) as stack, Fleet(stack.ports.mqtt) as fleet:
+        assert fleet.closed_loop(publishes("other", 100), 50, ignore) > 0
+        assert "the other ingester" in stack.ingester.log()
+        assert stack.postgres.psql("SELECT count(*) FROM other") == "0"
+        assert "# the other" in (stack.mosquitto.folder / "mosquitto.conf").read_text()
+
+
+@pytest.mark.parametrize(("rate", "keeps_up"), [(951, True), (949, False), (2_000, True)])
+def test_this_checkout_keeps_up_if_it_is_at_most_5_percent_slower(
+    rate: float, keeps_up: bool
+) -> None:
+    def rounds(events_per_second: float) -> list[Any]:
+        cpu = {"system": 1.0, "broker": 1.0, "database": 1.0}
+        measured = {"events_per_second": events_per_second, "cpu_microseconds": cpu}
+        latency = {"200": {"p50_ms": 1.0, "p99_ms": 2.0, "max_ms": 3.0}}
+        one = {"singles": measured, "arrays": measured, "latency": latency, "memory_mb": 30}
+        return [one, one]
+
+    systems = {"this": rounds(rate), "other": rounds(1_000)}
+    text, is_within = against("x", {"machine": {}, "systems": systems})
+    assert is_within is keeps_up
+    assert f"| {rate / 1_000:.3f} |" in text

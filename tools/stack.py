@@ -59,6 +59,7 @@ class Mosquitto(Process):
         extra_config: str = "",
         *,
         host: str = LOOPBACK,
+        checkout: Path = CHECKOUT,
     ) -> None:
         account = service_account("mosquitto")
         self.folder = reachable_folder(folder, account)
@@ -66,6 +67,7 @@ class Mosquitto(Process):
         self.websocket_port = websocket_port
         self.extra_config = extra_config
         self.host = host  # "": as the configuration has it, which is every address
+        self.checkout = checkout
         super().__init__("mosquitto", self.folder / "log/mosquitto.log", account)
 
     def start(self) -> None:
@@ -95,7 +97,7 @@ class Mosquitto(Process):
         return self.running
 
     def _config(self) -> str:
-        text = (CHECKOUT / "mosquitto/config/mosquitto.conf").read_text()
+        text = (self.checkout / "mosquitto/config/mosquitto.conf").read_text()
         for standard, port in ((1883, self.port), (9001, self.websocket_port)):
             listener = f"listener {port}"
             if self.host:  # without the second line, 2.0.11 ignores it for websockets
@@ -171,9 +173,9 @@ class Postgres(Process):
         """Runs SQL; returns the rows, one a line, their columns separated by `|`."""
         return self._client(["psql", "-XqAtw", "-v", "ON_ERROR_STOP=1", "-c", sql], dbname)
 
-    def apply_schema(self, dbname: str | None = None) -> None:
+    def apply_schema(self, dbname: str | None = None, checkout: Path = CHECKOUT) -> None:
         try:
-            self._client(["sh", "postgres/apply-schema.sh"], dbname)
+            self._client(["sh", f"{checkout}/postgres/apply-schema.sh"], dbname)
         except StackError as error:
             hint = "(The database's name, user and password are those it was first made with.)"
             raise StackError(f"{error}\n{hint}") from None
@@ -237,14 +239,16 @@ class Ingester(Process):
         log_file: Path,
         python: str = sys.executable,
         arguments: Sequence[str] = ("-m", "ingester.app"),
+        checkout: Path = CHECKOUT,
     ) -> None:
         self.environment = dict(environment)
+        self.checkout = checkout
         self.command = [python, *arguments]
         super().__init__("ingester", log_file)
 
     def start(self) -> None:
         environment = clean_environment() | {"PYTHONUNBUFFERED": "1"} | self.environment
-        self._spawn(self.command, environment, CHECKOUT)
+        self._spawn(self.command, environment, self.checkout)
 
     def wait_ready(self, timeout: float = 15.0) -> None:
         deadline = time.monotonic() + timeout
@@ -266,13 +270,14 @@ class Stack:
 
     Without a folder: in a temporary one, removed in the end. Without ports: on free ones.
     The database's name, user and password are those of `environment`, which goes to the
-    ingester as a whole.
+    ingester as a whole. Code, schema and configuration are those of `checkout`.
     """
 
     def __init__(
         self,
         folder: Path | None = None,
         *,
+        checkout: Path = CHECKOUT,
         ports: Ports | None = None,
         host: str = LOOPBACK,
         mosquitto_config: str = "",
@@ -289,7 +294,10 @@ class Stack:
         self.ports = ports or Ports(free_port(), free_port(), free_port())
         broker_ports = self.ports.mqtt, self.ports.websocket
         broker_folder = self.folder / "mosquitto"
-        self.mosquitto = Mosquitto(broker_folder, *broker_ports, mosquitto_config, host=host)
+        self.checkout = checkout
+        self.mosquitto = Mosquitto(
+            broker_folder, *broker_ports, mosquitto_config, host=host, checkout=checkout
+        )
         database = DATABASE | dict(environment or {})
         self.postgres = Postgres(
             self.folder / "postgres",
@@ -305,7 +313,8 @@ class Stack:
             "MQTT_HOST": LOOPBACK,
             "MQTT_PORT": str(self.ports.mqtt),
         }
-        self.ingester = Ingester(self.environment, self.folder / "ingester.log")
+        log_file = self.folder / "ingester.log"
+        self.ingester = Ingester(self.environment, log_file, checkout=checkout)
         self.with_ingester = with_ingester
 
     def start(self) -> None:
@@ -317,7 +326,7 @@ class Stack:
                 server.start()
             self.mosquitto.wait_ready()
             self.postgres.wait_ready()
-            self.postgres.apply_schema()
+            self.postgres.apply_schema(checkout=self.checkout)
             if self.with_ingester:
                 self._cleanup.callback(self.ingester.stop)
                 self.ingester.start()
