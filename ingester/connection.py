@@ -145,6 +145,7 @@ class Connection:
         self._connection: Any = None
         self._cursor: Any = None
         self._state = extensions.POLL_OK
+        self._failure: StoreUnavailable | None = None  # for rows() to raise
         self._deadline = self._sent_at = self._served_at = 0.0
         # Set by give_up_at(): no wait lasts beyond it.
         self._give_up_at = float("inf")
@@ -222,16 +223,23 @@ class Connection:
         self._execute(sql if self.in_transaction else self._local_pins + sql, values)
 
     def is_answered(self, seconds_max: float) -> bool:
-        """Wait so long, or until something can be read; tell whether the answer is complete."""
+        """Wait so long, or until something can be read; tell whether rows() need not wait."""
         try:
             return self._step(seconds_max)
         except psycopg2.Error as error:
-            raise self._failed(error) from None
+            self._failure = self._failed(error)
+        except StoreUnavailable as error:
+            self._failure = error
+        self._state = extensions.POLL_OK
+        return True
 
     def rows(self) -> list[tuple[Any, ...]]:
         """Wait for the answer to send(); return its rows, of which there may be none."""
         while not self.is_answered(LOOK_SECONDS):
             pass
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
         self.round_trip_seconds = time.monotonic() - self._sent_at
         rows: list[tuple[Any, ...]] = self._cursor.fetchall() if self._cursor.description else []
         return rows

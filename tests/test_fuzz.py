@@ -109,7 +109,6 @@ def store(database: Database) -> Iterator[Store]:
     store.connect()
     yield store
     store.close()
-    extensions.set_wait_callback(None)  # the Store's is process-wide
 
 
 @given(st.lists(payloads(), min_size=10, max_size=40), st.sampled_from(["UTC", "Asia/Kolkata"]))

@@ -512,21 +512,31 @@ def test_a_signal_under_load_ends_it_in_good_time_with_code_0(
     assert running.database.count() == 2000
 
 
-def test_a_bug_ends_it_with_a_traceback_and_nothing_is_lost(running: Pipeline) -> None:
-    """Stands for any bug: a row in which the database has what Python cannot hold."""
+def test_a_bug_ends_it_with_a_traceback_and_nothing_is_lost(pipeline: Pipeline) -> None:
+    """Stands for any bug: one in Store, put there from outside."""
+    command = pipeline.ingester.command
+    bug = "from ingester import app, store; store.Store.keep = None; app.main()"
+    pipeline.ingester.command = [command[0], "-c", bug]
+    pipeline.ingester.start()
+    pipeline.ingester.wait_ready()
+    with pipeline.device() as device:
+        device.publish(event(1))
+        wait_until(lambda: not pipeline.ingester.running, "the ingester to end")
+        assert pipeline.ingester.returncode == 1
+        assert "Traceback" in pipeline.ingester.log()
+        pipeline.ingester.command = command
+        pipeline.ingester.start()
+        device.wait(lambda: bool(device.heard_at), "an ACK")
+    assert pipeline.database.count() == 1
+
+
+def test_a_row_that_python_cannot_hold_is_another_content(running: Pipeline) -> None:
     running.database.query(
         "INSERT INTO events (event_id, device_id, schema, event_type, ts_device)"
         " VALUES ('device-1-1', 'device-1', 1, 'temperature', '20000-01-01')"
     )
     with running.device() as device:
-        device.publish(event(1))
-        wait_until(lambda: not running.ingester.running, "the ingester to end")
-        assert running.ingester.returncode == 1
-        assert "Traceback" in running.ingester.log()
-        running.database.query("DELETE FROM events")
-        running.ingester.start()
-        device.wait(lambda: bool(device.heard_at), "an ACK")
-    assert running.database.count() == 1
+        assert device.ask(event(1))["reason"] == "event_id_conflict"
 
 
 def test_the_log_of_a_quiet_start_is_two_lines(pipeline: Pipeline) -> None:

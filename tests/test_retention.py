@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 
 import pytest
-from psycopg2 import extensions
 
 from ingester import retention
+from ingester.connection import StoreUnavailable
 from ingester.retention import PASS_SECONDS, PAUSE_FACTOR, Retention
-from ingester.store import DELETED_ROWS_MAX, Store, StoreUnavailable, Table
+from ingester.store import DELETED_ROWS_MAX, Store, Table
 from tests.device import event
 from tests.load import deliver_rest, devices, load
 from tests.pipeline import Database, Pipeline, wait_until
@@ -210,9 +210,14 @@ class Clock:
     def monotonic(self) -> float:
         return self.now
 
-    def work(self, _is_ready: bool) -> tuple[tuple[()], bool]:
+    @property
+    def sockets(self) -> tuple[()]:
+        """What a Store asks of the session beside it, at each step of a wait."""
         self.now += self.step_seconds
-        return (), False
+        return ()
+
+    def serve(self) -> None:
+        """There is nothing to serve."""
 
 
 @pytest.fixture
@@ -224,11 +229,10 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 @pytest.fixture
 def store(database: Database, clock: Clock) -> Iterator[Store]:
-    store = Store(database.conninfo, meanwhile=clock.work)
+    store = Store(database.conninfo, clock)
     store.connect()
     yield store
     store.close()
-    extensions.set_wait_callback(None)  # it is process-wide
 
 
 @pytest.fixture
@@ -373,7 +377,6 @@ def test_old_rows_are_found_by_the_index_and_looked_at_once(
         store.connect()
         assert delete_all(store, table) == batches
         store.close()  # only then all that it did has been counted
-        extensions.set_wait_callback(None)
         index = f"idx_{name}_{time_column}"
 
         def read() -> int:
