@@ -27,6 +27,7 @@ from tools.process import CHECKOUT, port_is_free
 
 # The broker's image as the checkout names it, and the one from before: many machines have it.
 BROKER, BROKER_2_0 = "eclipse-mosquitto:2", "eclipse-mosquitto:2.0"
+NAME_THE_BROKER = ("docker-compose.yml", "overlays/secure/common.sh")
 PROJECT = "homelab-test"
 VOLUME = f"{PROJECT}_postgres_data"
 # Names and ports are the same in every copy, so one stack runs on a machine.
@@ -47,6 +48,7 @@ class Compose:
 
     def __init__(self, folder: Path, *files: str) -> None:
         self.folder = folder
+        self.broker = BROKER
         self._volumes_seen = {VOLUME}
         self.settings = dotenv_values(folder / ".env")
         # Variables of the calling shell would win over .env.
@@ -57,6 +59,14 @@ class Compose:
         } | {"COMPOSE_PROJECT_NAME": PROJECT}
         if files:
             self.environment["COMPOSE_FILE"] = os.pathsep.join(files)
+
+    def use_broker(self, image: str) -> None:
+        """From the next up() on: name another image wherever the copy names the broker's."""
+        for path in (self.folder / name for name in NAME_THE_BROKER):
+            text, count = re.subn(rf"{self.broker}$", image, path.read_text(), flags=re.MULTILINE)
+            assert count == 1, f"{path} names {self.broker} {count} times"
+            path.write_text(text)
+        self.broker = image
 
     def run(
         self,
@@ -197,14 +207,6 @@ def copy_checkout(folder: Path) -> Path:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(source, folder / name)
     return folder
-
-
-def use_broker(folder: Path, image: str) -> None:
-    """In a copy of the checkout, name another image wherever the broker's is named."""
-    for name in ("docker-compose.yml", "overlays/secure/common.sh"):
-        text, count = re.subn(rf"{BROKER}(\.0)?$", image, (folder / name).read_text(), flags=re.M)
-        assert count == 1, f"{name} names the broker's image {count} times"
-        (folder / name).write_text(text)
 
 
 def with_each_broker(metafunc: pytest.Metafunc) -> None:
