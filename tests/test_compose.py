@@ -320,13 +320,18 @@ def test_events_go_on_being_stored_after_a_restart_of(
     assert stack.inspect("schema")["State"]["ExitCode"] == 0
 
 
-def test_a_killed_ingester_is_started_again(stack: Compose) -> None:
+# ALRM ends a process whose loop hangs (test_watchdog.py). It would not end a PID 1, which has
+# no default action for signals: hence `init`.
+@pytest.mark.parametrize("name", ["KILL", "ALRM"])
+def test_a_killed_ingester_is_started_again(stack: Compose, name: str) -> None:
     restarts = stack.inspect("ingester")["RestartCount"]
     # -1: whatever this user may signal in this container, but for its PID 1.
-    stack.compose("exec", "ingester", "sh", "-c", "kill -9 -1")
-    with Device(1883, "killed") as device:
-        device.deliver([event(1, "killed")])
+    stack.compose("exec", "ingester", "sh", "-c", f"kill -{name} -1")
+    device_id = f"killed-by-{name}"
+    with Device(1883, device_id) as device:
+        device.deliver([event(1, device_id)])
     assert stack.inspect("ingester")["RestartCount"] == restarts + 1
+    assert ("most recent call first" in stack.log("ingester")) == (name == "ALRM")
     stack.wait_healthy()
 
 
