@@ -499,7 +499,10 @@ def test_each_column_has_a_comment_and_the_indexes_are_there(database: Database)
 def test_applying_the_schema_again_changes_nothing_and_does_not_wait_for_writers(
     servers: Any, database: Database
 ) -> None:
-    describe = "SELECT table_name, column_name, data_type FROM information_schema.columns"
+    describe = (
+        "SELECT table_name, column_name, data_type FROM information_schema.columns"
+        " ORDER BY table_schema, table_name, ordinal_position"
+    )
     indexes = "SELECT indexname, indexdef FROM pg_indexes ORDER BY 1"
     before = database.query(describe), database.query(indexes)
     database.query(
