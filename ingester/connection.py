@@ -299,6 +299,8 @@ class Connection:
     # --- connecting --------------------------------------------------------------------
 
     def _open(self, address: Mapping[str, Any], seconds_max: float) -> None:
+        if self._session:
+            self._session.serve()  # what is to be written there, does not wait for this
         self._sent_at = self._served_at = time.monotonic()
         self._deadline = self._sent_at + seconds_max
         # Asynchronous, as psycopg2 calls it: it returns at once, and _step() does the rest.

@@ -101,7 +101,9 @@ def _parser() -> Parser:
         "--since", type=_moment, metavar="T", help="2026-02-10T12:00:00Z (or without Z: UTC), or 2d"
     )
 
-    command = commands.add_parser("list", parents=[which], help="show the newest, and how many")
+    command = commands.add_parser(
+        "list", parents=[which], help="show those that came last, and how many"
+    )
     command.set_defaults(run=_list)
     command.add_argument("--limit", type=_number, default=20, metavar="N", help="default: 20")
     command.add_argument("--json", action="store_true", help="one JSON object, for programs")
@@ -122,7 +124,11 @@ def _parser() -> Parser:
     command = commands.add_parser("purge", help="delete the old ones")
     command.set_defaults(run=_purge)
     command.add_argument(
-        "--older-than", type=_moment, required=True, metavar="T", help="30d, 12h, 5m, or a time"
+        "--older-than",
+        type=_moment,
+        required=True,
+        metavar="T",
+        help="last received: 30d, 12h, 5m, or a time",
     )
     command.add_argument("--dry-run", action="store_true", help="say how many")
     return parser
@@ -155,7 +161,9 @@ def _list(arguments: argparse.Namespace, _settings: Settings, letterbox: Letterb
     letters, counts = letterbox.newest(which, arguments.limit), letterbox.counts(which)
     if arguments.json:
         document = {
-            "counts": {c.reason: {"total": c.total, "stored": c.stored} for c in counts},
+            "counts": {
+                c.reason: {"total": c.total, "times": c.times, "stored": c.stored} for c in counts
+            },
             "dead_letters": [letter._asdict() for letter in letters],
         }
         print(json.dumps(document, default=timestamp))
@@ -174,8 +182,8 @@ def _show(arguments: argparse.Namespace, _settings: Settings, letterbox: Letterb
         return 0
     for name, value in letter._asdict().items():
         text = timestamp(value) if isinstance(value, datetime) else value
-        print(f"{name:<15} {'-' if text is None else printable(str(text))}")
-    print(f"{'payload':<15} {len(payload)} bytes", *payload_lines(payload), sep="\n")
+        print(f"{name:<16} {'-' if text is None else printable(str(text))}")
+    print(f"{'payload':<16} {len(payload)} bytes", *payload_lines(payload), sep="\n")
     return 0
 
 
@@ -213,7 +221,7 @@ def _replay(arguments: argparse.Namespace, settings: Settings, letterbox: Letter
 
 def _purge(arguments: argparse.Namespace, _settings: Settings, letterbox: Letterbox) -> int:
     moment = arguments.older_than
-    before = f"received before {timestamp(moment)}"
+    before = f"last received before {timestamp(moment)}"
     if arguments.dry_run:
         print(f"would delete {_dead_letters(letterbox.count_older(moment))} {before}")
         return 0
@@ -298,11 +306,12 @@ def _table(letters: Sequence[Letter]) -> list[str]:
     """Return two lines for each: what it is, and what is wrong with it."""
     # Into a pipe nothing is cut: there is grep behind it, and no width.
     width = shutil.get_terminal_size(fallback=(2**31, 24)).columns
-    rows = [("id", "received (UTC)", "reason", "replay", "device", "event_id")]
+    rows = [("id", "last received (UTC)", "times", "reason", "replay", "device", "event_id")]
     rows += [
         (
             str(letter.id),
-            timestamp(letter.received_at)[:19].replace("T", " "),
+            timestamp(letter.last_received_at)[:19].replace("T", " "),
+            str(letter.times),
             letter.reason,
             letter.replay_outcome or "-",
             printable(letter.device_id or "-")[:DEVICE_COLUMNS_MAX],
@@ -317,8 +326,8 @@ def _table(letters: Sequence[Letter]) -> list[str]:
 
 
 def _summary(counts: Sequence[Count]) -> list[str]:
-    rows = [("reason", "total", "stored by a replay")]
-    rows += [(count.reason, str(count.total), str(count.stored)) for count in counts]
+    rows = [("reason", "total", "times", "stored by a replay")]
+    rows += [(c.reason, str(c.total), str(c.times), str(c.stored)) for c in counts]
     return columns(rows)
 
 

@@ -1,6 +1,7 @@
 """The table of dead letters as a person needs it: to look into, to replay, to empty.
 
-What it does: the SQL for that, and the replay of one dead letter through ingest(). What it
+What it does: the SQL for that, and the replay of one dead letter through ingest(); one that
+came many times is replayed once. What it
 does not: print, or choose.
 
 Invariant: a row is marked `stored` only after each event in it is a committed row of
@@ -30,6 +31,8 @@ class Letter(NamedTuple):
 
     id: int
     received_at: datetime
+    last_received_at: datetime
+    times: int
     reason: str
     error: str
     topic: str
@@ -40,23 +43,27 @@ class Letter(NamedTuple):
 
 
 class Filter(NamedTuple):
-    """Which dead letters: of what reason, None for any, and received at what time or later."""
+    """Which dead letters: of what reason, None for any, and last received since when."""
 
     reason: str | None
     since: datetime | str = "-infinity"
 
 
 class Count(NamedTuple):
-    """How many dead letters of a reason there are, and how many of them a replay has stored."""
+    """Of one reason: how many dead letters, how often they came, how many a replay has stored."""
 
     reason: str
     total: int
+    times: int
     stored: int
 
 
 _LETTER = f"SELECT {', '.join(Letter._fields)} FROM dead_letters"
-_FILTER = "WHERE reason = coalesce(%s, reason) AND received_at >= %s"
-_COUNT = "SELECT reason, count(*), count(*) FILTER (WHERE replay_outcome = %s) FROM dead_letters"
+_FILTER = "WHERE reason = coalesce(%s, reason) AND last_received_at >= %s"
+_COUNT = (
+    "SELECT reason, count(*), sum(times)::bigint, count(*) FILTER (WHERE replay_outcome = %s)"
+    " FROM dead_letters"
+)
 
 
 class Letterbox(Store):
@@ -70,8 +77,8 @@ class Letterbox(Store):
         return [0] * len(letters)
 
     def newest(self, which: Filter, number: int) -> list[Letter]:
-        """Return so many at most, the newest first."""
-        order = "ORDER BY received_at DESC, id DESC LIMIT %s"
+        """Return so many at most, those that came last first."""
+        order = "ORDER BY last_received_at DESC, id DESC LIMIT %s"
         return [
             Letter(*row)
             for row in self._connection.run(f"{_LETTER} {_FILTER} {order}", (*which, number))
@@ -97,7 +104,7 @@ class Letterbox(Store):
     def unstored(self, which: Filter) -> list[tuple[int, str]]:
         """Return id and reason of those that no replay has stored, in the order received."""
         sql = f"SELECT id, reason FROM dead_letters {_FILTER}"
-        order = "AND replay_outcome IS DISTINCT FROM %s ORDER BY id"
+        order = "AND replay_outcome IS DISTINCT FROM %s ORDER BY received_at, id"
         return [
             (row[0], row[1]) for row in self._connection.run(f"{sql} {order}", (*which, STORED))
         ]
@@ -113,13 +120,18 @@ class Letterbox(Store):
 
         As if it had come from `device_id`, if there is one. None: it is not there any more.
         """
-        sql = "SELECT topic, payload, received_at FROM dead_letters WHERE id = %s"
+        sql = "SELECT topic, device_id, payload, received_at FROM dead_letters WHERE id = %s"
         if not (rows := self._connection.run(sql, (letter_id,))):
             return None
-        topic, payload, received_at = rows[0]
+        topic, own_device_id, payload, received_at = rows[0]
         topics = settings.topics
+        if device_id is None and topics.device_id(topic) is None:
+            # An ingester that listens elsewhere has kept it: another partition of a cluster, or
+            # this one before MQTT_EVENTS_TOPIC was changed. It knew which device it was.
+            device_id = own_device_id
         if device_id is not None:
             topic = topics.events.replace("+", device_id)
+        self._refused = ()
         message = Message(topic, bytes(payload), received_at, mid=0, qos=1, connection=0)
         done = ingest([message], self, Decoder(topics, settings.device_default_tz))
         # The last replies are dead letters, and nobody is to hear of this one twice.
@@ -134,12 +146,14 @@ class Letterbox(Store):
         return outcome
 
     def count_older(self, moment: datetime) -> int:
-        """Return how many were received before the moment."""
-        sql = "SELECT count(*) FROM dead_letters WHERE received_at < %s"
+        """Return how many were last received before the moment."""
+        sql = "SELECT count(*) FROM dead_letters WHERE last_received_at < %s"
         return int(self._connection.run(sql, (moment,))[0][0])
 
     def purge_some(self, moment: datetime) -> int:
-        """Delete some that were received before the moment; return how many, 0 if none is left."""
-        oldest = "SELECT id FROM dead_letters WHERE received_at < %s ORDER BY received_at LIMIT %s"
-        sql = f"DELETE FROM dead_letters WHERE id = ANY(ARRAY({oldest})) RETURNING id"
-        return len(self._connection.run(sql, (moment, PURGE_ROWS_MAX)))
+        """Delete some that last came before the moment; return how many, 0 if none is left."""
+        is_old = "last_received_at < %s"
+        oldest = f"SELECT id FROM dead_letters WHERE {is_old} ORDER BY last_received_at LIMIT %s"
+        # Looked at twice: what comes again in between stays.
+        sql = f"DELETE FROM dead_letters WHERE id = ANY(ARRAY({oldest})) AND {is_old} RETURNING id"
+        return len(self._connection.run(sql, (moment, PURGE_ROWS_MAX, moment)))

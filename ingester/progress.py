@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ingester import __version__
+from ingester.outage import Outage
 from ingester.reply import timestamp
 
 log = logging.getLogger(__name__)
@@ -45,6 +46,7 @@ class Progress:
 
     def __init__(self, heartbeat_file: str | None) -> None:
         self._heartbeat_file = Path(heartbeat_file) if heartbeat_file else None
+        self._beats = Outage("Heartbeat")
         self._started_at = time.monotonic()
         self._totals: Counter[str] = Counter()
         self._batches = 0
@@ -69,13 +71,20 @@ class Progress:
         if state is not self._state:
             self._state, self._since = state, datetime.now(UTC)
         if well and self._heartbeat_file and now - self._beat_at >= BEAT_SECONDS:
-            self._heartbeat_file.touch()
+            self._beat(self._heartbeat_file)
             self._beat_at = now
         # The first event after a quiet time is seen at once, a flood every 10 s.
         if self._totals != self._summarised and now - self._summary_at >= SUMMARY_SECONDS:
             log.info("%s", _text(self._totals - self._summarised))
             self._summarised = self._totals.copy()
             self._summary_at = now
+
+    def _beat(self, file: Path) -> None:
+        try:
+            file.touch()
+            self._beats.over()
+        except OSError as error:  # the disk is full, say; events can be stored all the same
+            self._beats.failed(f"{file}: {error.strerror}")
 
     def status(self, connection: int, **facts: Any) -> bytes | None:
         """Return the status to publish, with these facts in it; None if it is not time yet.

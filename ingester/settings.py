@@ -21,6 +21,15 @@ LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 SSL_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
 
 _MQTT_TEXTS = ("MQTT_CLIENT_ID", "MQTT_USERNAME", "MQTT_PASSWORD")
+# libpq's variables that name a file to read.
+_LIBPQ_FILES = (
+    "PGPASSFILE",
+    "PGSERVICEFILE",
+    "PGSSLROOTCERT",
+    "PGSSLCERT",
+    "PGSSLKEY",
+    "PGSSLCRL",
+)
 _POSTGRES_TEXTS = ("POSTGRES_HOST", "POSTGRES_DB", "POSTGRES_USER", "POSTGRES_PASSWORD")
 
 
@@ -32,9 +41,9 @@ class SettingsError(Exception):
 class Settings:
     """Everything that can be configured; .env documents each variable.
 
-    `database` holds what libpq is told; what its own variables (PGHOST, ...) say is not in
-    it, because libpq reads those itself. `mqtt_tls` is None for none. `retention_days` is
-    None for ever. `heartbeat_file` is None where nobody looks at it.
+    `database` holds what libpq is told: where the servers are, one or a list of each, and
+    what its own variables (PGUSER, ...) leave open, which it reads itself. `mqtt_tls` is None
+    for none. `retention_days` is None for ever. `heartbeat_file` is None where nobody looks.
     """
 
     database: Mapping[str, str | int] = field(repr=False)
@@ -85,7 +94,7 @@ class Settings:
             batch_max=_integer(env, "BATCH_MAX", 500, 10_000, problems),
             # Empty or absent: 0. As a number, 0 is refused, as it could mean two things.
             retention_days=_integer(env, "RETENTION_DAYS", 0, 36_500, problems) or None,
-            heartbeat_file=env.get("HEARTBEAT_FILE") or None,
+            heartbeat_file=_heartbeat_file(env, problems),
         )
         problems += topic_problems(topics)
         problems += [
@@ -112,28 +121,36 @@ def _mqtt_password(env: Mapping[str, str], problems: list[str]) -> str | None:
     return password or None
 
 
+def _heartbeat_file(env: Mapping[str, str], problems: list[str]) -> str | None:
+    path = env.get("HEARTBEAT_FILE") or None
+    if path is None:
+        return None
+    existed = os.path.exists(path)
+    try:
+        with open(path, "ab"):  # which leaves its time as it is: nothing beats yet
+            pass
+        if not existed:
+            os.unlink(path)
+    except OSError as error:
+        problems.append(
+            f"HEARTBEAT_FILE: {path!r} cannot be written ({error.strerror}); name a file in a"
+            " folder that the ingester's user may write to"
+        )
+    return path
+
+
 def _database(env: Mapping[str, str], problems: list[str]) -> dict[str, str | int]:
     """Return what libpq's own variables leave open, from the POSTGRES_ ones."""
-    database: dict[str, str | int] = {}
-    if "," not in env.get("PGPORT", ""):  # a list goes with a list of hosts
-        _integer(env, "PGPORT", 0, 65_535, problems)
     if env.get("PGSSLMODE") and env["PGSSLMODE"] not in SSL_MODES:
         problems.append(f"PGSSLMODE: expected one of {', '.join(SSL_MODES)}")
     password = env.get("POSTGRES_PASSWORD")
     if file := env.get("POSTGRES_PASSWORD_FILE"):
         password = read_password("POSTGRES_PASSWORD_FILE", file, problems)
-    passfile = env.get("PGPASSFILE", "")
-    if os.path.exists(passfile) and is_open_to_others(passfile):
-        problems.append(f"PGPASSFILE: libpq ignores {passfile!r}; chmod 600 {passfile}")
+    for name in _LIBPQ_FILES:
+        _check_libpq_file(name, env.get(name, ""), problems)
+    database = _servers(env, problems)
     if env.get("PGSERVICE"):
-        return database  # the service file says it all, and would lose to these
-    if not (env.get("PGHOST") or env.get("PGHOSTADDR")):
-        if env.get("POSTGRES_HOST"):
-            database["host"] = env["POSTGRES_HOST"]
-        else:
-            problems.append("POSTGRES_HOST: missing; set it to the database's host name")
-    if not env.get("PGPORT"):
-        database["port"] = _integer(env, "POSTGRES_PORT", 5432, 65_535, problems)
+        return {}  # the service file says it all, and would lose to these
     for name, own, ours in (
         ("dbname", "PGDATABASE", "POSTGRES_DB"),
         ("user", "PGUSER", "POSTGRES_USER"),
@@ -148,6 +165,49 @@ def _database(env: Mapping[str, str], problems: list[str]) -> dict[str, str | in
     if password and not (env.get("PGPASSWORD") or env.get("PGPASSFILE")):
         database["password"] = password
     return database
+
+
+def _check_libpq_file(name: str, path: str, problems: list[str]) -> None:
+    # Neither is a file: the system's own CAs, and a key in an engine.
+    if not path or path == "system" or (name == "PGSSLKEY" and ":" in path):
+        return
+    try:
+        with open(path, "rb"):
+            pass
+    except OSError as error:
+        problems.append(f"{name}: {path!r} cannot be read ({error.strerror})")
+    else:
+        if name == "PGPASSFILE" and is_open_to_others(path):
+            problems.append(f"PGPASSFILE: libpq ignores {path!r}; chmod 600 {path}")
+
+
+def _servers(env: Mapping[str, str], problems: list[str]) -> dict[str, str | int]:
+    """Return host, hostaddr and port: lists of one length, or one port for all."""
+    servers: dict[str, str | int] = {}
+    if "," in env.get("PGPORT", ""):
+        servers["port"] = env["PGPORT"]
+    elif env.get("PGPORT"):
+        servers["port"] = _integer(env, "PGPORT", 0, 65_535, problems)
+    if env.get("PGSERVICE"):
+        return servers
+    if not env.get("PGPORT"):
+        servers["port"] = _integer(env, "POSTGRES_PORT", 5432, 65_535, problems)
+    for name, variable in (("host", "PGHOST"), ("hostaddr", "PGHOSTADDR")):
+        if env.get(variable):
+            servers[name] = env[variable]
+    if not ("host" in servers or "hostaddr" in servers):
+        if env.get("POSTGRES_HOST"):
+            servers["host"] = env["POSTGRES_HOST"]
+        else:
+            problems.append("POSTGRES_HOST: missing; set it to the database's host name")
+    counts = {name: str(value).count(",") + 1 for name, value in servers.items()}
+    if counts["port"] == 1:
+        del counts["port"]
+    if len(set(counts.values())) > 1:
+        problems.append(
+            "PGHOST, PGHOSTADDR, PGPORT: expected as many of each, or one port for all hosts"
+        )
+    return servers
 
 
 def _is_host(name: str) -> bool:

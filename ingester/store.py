@@ -14,6 +14,7 @@ safe: neither is PUBACKed before both are committed, and the broker sends both a
 where some of many rows are refused, there is a transaction: of finding them and keeping them.
 """
 
+import hashlib
 import json
 import logging
 from collections import Counter
@@ -62,7 +63,15 @@ _COMPARE = (
     " ts_device timestamptz, meta jsonb) JOIN events USING (event_id)"
     " WHERE events.event_id = ANY(%s)"
 )
-_KEEP = f"INSERT INTO dead_letters ({', '.join(DeadLetter._fields)}) VALUES {{rows}} RETURNING id"
+# What comes again was refused again, so it needs somebody's attention again.
+_KEEP = (
+    f"INSERT INTO dead_letters (digest, times, last_received_at, {', '.join(DeadLetter._fields)})"
+    " VALUES {rows} ON CONFLICT (digest) DO UPDATE SET"
+    " times = dead_letters.times + excluded.times, error = excluded.error,"
+    " last_received_at = greatest(dead_letters.last_received_at, excluded.last_received_at),"
+    " replayed_at = NULL, replay_outcome = NULL RETURNING digest, id"
+)
+_KEEP_ROW = f"({', '.join(['%s'] * (3 + len(DeadLetter._fields)))})"
 DROPPED = "the database dropped it: neither stored nor refused, as by a trigger that returns NULL"
 
 
@@ -78,7 +87,7 @@ class Table(Enum):
     """What grows: a table, its key, and the column that says how old a row is."""
 
     EVENTS = ("events", "event_id", "ts_server")
-    DEAD_LETTERS = ("dead_letters", "id", "received_at")
+    DEAD_LETTERS = ("dead_letters", "id", "last_received_at")
 
 
 class Store:
@@ -175,7 +184,7 @@ class Store:
     def _send(self, part: Sequence[tuple[int, Event]], before: str = "") -> None:
         is_single = len(part) == 1 and self._connection.has_prepared
         sql, values = _with_rows(
-            _INSERT_ONE if is_single else _INSERT, [event for _, event in part], "ts_device"
+            _INSERT_ONE if is_single else _INSERT, [event for _, event in part]
         )
         self._connection.send(before + sql, values)
 
@@ -252,18 +261,30 @@ class Store:
         return outcomes
 
     def keep(self, letters: Sequence[DeadLetter]) -> list[int]:
-        """Keep the dead letters; return their ids in the same order.
+        """Keep the dead letters, equal ones as one row; return their ids in the same order.
 
         Commits them, with what finish_insert() may have left open, and even if there are none.
         """
-        ids: list[int] = []
-        if letters:
-            rows = self._connection.run(*_with_rows(_KEEP, letters, "received_at"))
-            # Identity values are given out in the order of VALUES; RETURNING promises none.
-            ids = sorted(row[0] for row in rows)
+        ids = self._keep(letters) if letters else []
         if self._connection.in_transaction:
             self._connection.commit()
         return ids
+
+    def _keep(self, letters: Sequence[DeadLetter]) -> list[int]:
+        digests = [_digest(letter) for letter in letters]
+        # ON CONFLICT DO UPDATE takes no row twice.
+        groups: dict[bytes, list[DeadLetter]] = {}
+        for digest, letter in zip(digests, letters, strict=True):
+            groups.setdefault(digest, []).append(letter)
+        values: list[Any] = []
+        # Sorted, because two writers that take the same rows in other orders deadlock.
+        for digest in sorted(groups):
+            first, last = groups[digest][0], groups[digest][-1]
+            values += (digest, len(groups[digest]), last.received_at)
+            values += last._replace(received_at=first.received_at)
+        sql = _KEEP.format(rows=", ".join([_KEEP_ROW] * len(groups)))
+        ids = {bytes(digest): letter_id for digest, letter_id in self._connection.run(sql, values)}
+        return [ids[digest] for digest in digests]
 
     def delete_old(self, table: Table, days: int, since: str) -> tuple[int, str]:
         """Delete a batch of the oldest rows, of those that are older than so many days.
@@ -292,19 +313,25 @@ class Store:
         return len(deleted), rows[-1][1]
 
 
-def _with_rows(
-    sql: str, rows: Sequence[Event] | Sequence[DeadLetter], time_column: str
-) -> tuple[str, list[Any]]:
-    """Return the statement with a place for each value of the rows, and the values."""
+def _digest(letter: DeadLetter) -> bytes:
+    """Return what makes two letters the same row; 006_dead_letter_groups.sql has it in SQL."""
+    # The topic too, because a replay answers its device. None of the two can hold a NUL.
+    digest = hashlib.sha256(f"{letter.reason}\0{letter.topic}\0".encode())
+    digest.update(letter.payload)
+    return digest.digest()
+
+
+def _with_rows(sql: str, events: Sequence[Event]) -> tuple[str, list[Any]]:
+    """Return the statement with a place for each value of the events, and the values."""
     # One execute() for all: execute_values() quotes each row by a call of its own, at one
     # and a half times the cost.
-    width = len(rows[0])
+    width = len(Event._fields)
     row_sql = f"({', '.join(['%s'] * width)})"
-    values: list[Any] = list(chain.from_iterable(rows))
+    values: list[Any] = list(chain.from_iterable(events))
     # A time as text costs less than as a datetime, which psycopg2 writes with a cast.
-    times = slice(rows[0]._fields.index(time_column), None, width)
+    times = slice(Event._fields.index("ts_device"), None, width)
     values[times] = [moment and moment.isoformat() for moment in values[times]]
-    return sql.format(rows=", ".join([row_sql] * len(rows))), values
+    return sql.format(rows=", ".join([row_sql] * len(events))), values
 
 
 def _comparable(number: int, event: Event) -> str:

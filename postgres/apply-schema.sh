@@ -20,7 +20,10 @@ until pg_isready --quiet --timeout=1 || [ "$tries" -ge 60 ]; do
 done
 
 # NOTICEs such as "relation already exists, skipping" would be all that a second run says.
-export PGOPTIONS="${PGOPTIONS:-} -c client_min_messages=warning"
+# What the owner has set for everybody else must not end an upgrade in the middle, or hide from
+# it what another run has just done.
+export PGOPTIONS="${PGOPTIONS:-} -c client_min_messages=warning -c statement_timeout=0 \
+    -c default_transaction_read_only=off -c default_transaction_isolation=read\\ committed"
 
 # The lock lets one run wait for another: two at once fail with 23505 (duplicate key in
 # the catalog). Its number is arbitrary, and only this script takes it.

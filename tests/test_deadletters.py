@@ -32,6 +32,7 @@ TOOL = (sys.executable, "-m", "ingester.deadletters")
 CONSTRAINT = "ALTER TABLE events ADD CONSTRAINT cool CHECK (value_num::int % 10 <> 3)"
 STEERS = "\x1b[2J\x1b]0;x\x07\r\x9b31m\u202e"
 NOON = datetime(2026, 2, 10, 12, tzinfo=UTC)
+LONG_AGO = datetime(2025, 12, 31, tzinfo=UTC)
 
 
 def environment(pipeline: Pipeline, **variables: str) -> dict[str, str]:
@@ -86,25 +87,28 @@ def keep(
     error: str = "it was so",
     device_id: str | None = "device-1",
     event_id: str | None = None,
+    topic: str = "",
     received_at: datetime = NOON,
+    times: int = 1,
 ) -> int:
-    """Put a dead letter into the table; return its id."""
+    """Put a dead letter into the table, that came first long ago, and last when it says."""
     sql = (
-        "INSERT INTO dead_letters (received_at, reason, error, topic, device_id, event_id,"
-        " payload) VALUES (%s, %s, %s, %s, %s, %s, %s) RETURNING id"
+        "INSERT INTO dead_letters (received_at, last_received_at, times, reason, error, topic,"
+        " device_id, event_id, payload) VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s) RETURNING id"
     )
     body = payload if isinstance(payload, bytes) else json.dumps(payload).encode()
-    topic = f"qs/v1/{device_id}/events"
-    values = (received_at, reason, error, topic, device_id, event_id, body)
+    topic = topic or f"qs/v1/{device_id}/events"
+    ids = (topic, device_id, event_id)
+    values = (LONG_AGO, received_at, times, reason, error, *ids, body)
     return int(database.query(sql, *values)[0][0])
 
 
 def keep_many(database: Database, number: int) -> None:
     """Put so many into the table, each with an event that can be stored."""
     database.query(
-        "INSERT INTO dead_letters (received_at, reason, error, topic, device_id, payload)"
-        " SELECT now() - n * interval '1 minute', 'not_storable', 'it was so',"
-        " 'qs/v1/device-1/events', 'device-1', convert_to(format("
+        "INSERT INTO dead_letters (received_at, last_received_at, reason, error, topic, device_id,"
+        " payload) SELECT '2025-12-31', now() - n * interval '1 minute', 'not_storable',"
+        " 'it was so', 'qs/v1/device-1/events', 'device-1', convert_to(format("
         """'{"schema":1,"event_id":"late-%%s","device_id":"device-1","event_type":"x"}', n),"""
         " 'UTF8') FROM generate_series(1, %s) AS n",
         number,
@@ -139,22 +143,23 @@ def test_the_list_has_the_newest_first_and_counts_each_reason(pipeline: Pipeline
     assert tool(pipeline, "list").stdout == "no dead letters\n"
     for number in range(3):
         moment = NOON + timedelta(minutes=-number)
-        keep(database, b"{", reason="not_json", error="expected JSON", received_at=moment)
+        how = {"reason": "not_json", "error": "expected JSON"}
+        keep(database, b"{", received_at=moment, times=10**number, **how)
     keep(database, {}, reason="missing_field", error="schema is required", event_id="e-1")
     database.query("UPDATE dead_letters SET replay_outcome = 'stored' WHERE id = 2")
     lines = tool(pipeline, "list", "--limit", 3).stdout.splitlines()
     assert lines == [
-        "id  received (UTC)       reason         replay  device    event_id",
-        "4   2026-02-10 12:00:00  missing_field  -       device-1  e-1",
+        "id  last received (UTC)  times  reason         replay  device    event_id",
+        "4   2026-02-10 12:00:00  1      missing_field  -       device-1  e-1",
         "    schema is required",
-        "1   2026-02-10 12:00:00  not_json       -       device-1  -",
+        "1   2026-02-10 12:00:00  1      not_json       -       device-1  -",
         "    expected JSON",
-        "2   2026-02-10 11:59:00  not_json       stored  device-1  -",
+        "2   2026-02-10 11:59:00  10     not_json       stored  device-1  -",
         "    expected JSON",
         "",
-        "reason         total  stored by a replay",
-        "not_json       3      1",
-        "missing_field  1      0",
+        "reason         total  times  stored by a replay",
+        "not_json       3      111    1",
+        "missing_field  1      1      0",
     ]
 
 
@@ -170,17 +175,19 @@ def test_the_list_takes_a_reason_and_a_time_and_writes_json(pipeline: Pipeline) 
     now = datetime.now(UTC)
     for hours in (1, 30, 80):
         moment = now - timedelta(hours=hours)
-        keep(database, b"{", reason="not_json", received_at=moment)
+        keep(database, b"{", reason="not_json", received_at=moment, times=hours)
         keep(database, {}, reason="missing_field", received_at=moment)
     found = json.loads(tool(pipeline, "list", "--json").stdout)
     assert [letter["id"] for letter in found["dead_letters"]] == [2, 1, 4, 3, 6, 5]
-    assert found["counts"]["not_json"] == {"total": 3, "stored": 0}
+    assert found["counts"]["not_json"] == {"total": 3, "times": 111, "stored": 0}
     first = found["dead_letters"][0]
     assert list(first) == [
-        *("id", "received_at", "reason", "error", "topic", "device_id", "event_id"),
-        *("replayed_at", "replay_outcome"),
+        *("id", "received_at", "last_received_at", "times", "reason", "error", "topic"),
+        *("device_id", "event_id", "replayed_at", "replay_outcome"),
     ]
-    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", first["received_at"])
+    assert first["received_at"] == "2025-12-31T00:00:00.000Z"
+    assert first["last_received_at"][:19] == f"{now - timedelta(hours=1):%Y-%m-%dT%H:%M:%S}"
+    assert first["times"] == 1
     for since, expected in {
         "2d": [1, 3],
         "1h": [],
@@ -197,18 +204,20 @@ def test_the_list_takes_a_reason_and_a_time_and_writes_json(pipeline: Pipeline) 
 
 
 def test_one_is_shown_with_all_its_fields(pipeline: Pipeline) -> None:
-    number = keep(pipeline.database, {"value": 1.5}, event_id="e-1", error="bad")
+    number = keep(pipeline.database, {"value": 1.5}, event_id="e-1", error="bad", times=7)
     assert tool(pipeline, "show", number).stdout.splitlines() == [
-        "id              1",
-        "received_at     2026-02-10T12:00:00.000Z",
-        "reason          not_storable",
-        "error           bad",
-        "topic           qs/v1/device-1/events",
-        "device_id       device-1",
-        "event_id        e-1",
-        "replayed_at     -",
-        "replay_outcome  -",
-        "payload         14 bytes",
+        "id               1",
+        "received_at      2025-12-31T00:00:00.000Z",
+        "last_received_at 2026-02-10T12:00:00.000Z",
+        "times            7",
+        "reason           not_storable",
+        "error            bad",
+        "topic            qs/v1/device-1/events",
+        "device_id        device-1",
+        "event_id         e-1",
+        "replayed_at      -",
+        "replay_outcome   -",
+        "payload          14 bytes",
         "{",
         '  "value": 1.5',
         "}",
@@ -445,6 +454,75 @@ def test_an_array_is_stored_when_each_of_its_events_is(pipeline: Pipeline) -> No
     assert database.count("dead_letters") == 2
 
 
+def test_a_letter_that_came_often_is_replayed_once_and_comes_up_again_when_it_comes_again(
+    online: Pipeline,
+) -> None:
+    database = online.database
+    database.query(CONSTRAINT)
+    bad = event(1, value=3)
+    with online.device() as device:
+        for _ in range(3):
+            assert device.ask(bad)["reason"] == "not_storable"
+        done = tool(online, "replay", "--since", "1h", expected=1)
+        assert done.stdout == "replayed 1 of 1 dead letter: 1 refused as not_storable\n"
+        device.wait(lambda: len(device.acks) == 4, "the one ACK of the replay")
+        state = "SELECT id, times, replay_outcome FROM dead_letters"
+        assert database.query(state) == [(1, 3, "not_storable")]
+        # A replay that stores it, and then the device is refused again.
+        database.query("UPDATE dead_letters SET replayed_at = now(), replay_outcome = 'stored'")
+        assert tool(online, "replay", "--since", "1h").stdout == "nothing to replay\n"
+        assert device.ask(bad)["reason"] == "not_storable"
+        assert database.query(state) == [(1, 4, None)]
+        database.query("ALTER TABLE events DROP CONSTRAINT cool")
+        assert "1 stored" in tool(online, "replay", "--since", "1h").stdout
+        device.wait(lambda: len(device.heard_at) == 1, "the ACK")
+    assert database.query(state) == [(1, 4, "stored")]
+    assert {letter["id"] for letter in device.dead_letters} == {1}
+    assert len(device.dead_letters) == 4
+
+
+def test_a_whole_array_of_which_many_were_refused_is_replayed_as_one(online: Pipeline) -> None:
+    database = online.database
+    database.query(CONSTRAINT)
+    events = [event(number, value=number) for number in range(300)]
+    with online.device() as device:
+        device.publish(events)
+        device.wait(lambda: bool(device.dead_letters), "the dead letter")
+        assert database.count() == 270
+        (letter,) = database.query("SELECT error, event_id FROM dead_letters")
+        assert letter[0].startswith("30 of 300 events were refused, the first of them (number 4): ")
+        assert letter[1] is None
+        tool(online, "replay", 1, expected=1)
+        assert outcomes(database) == [("not_storable",)]
+        database.query("ALTER TABLE events DROP CONSTRAINT cool")
+        tool(online, "replay", 1)
+        device.wait(lambda: len(device.acks) == 900, "the answers to three times all")
+        assert len(device.heard_at) == 300
+    assert len(device.dead_letters) == 1
+    assert database.query("SELECT event_id, value_num FROM events ORDER BY value_num") == [
+        (item["event_id"], item["value"]) for item in events
+    ]
+    assert outcomes(database) == [("stored",)]
+
+
+def test_a_letter_of_another_partition_is_replayed_as_its_devices(online: Pipeline) -> None:
+    # As an ingester with MQTT_EVENTS_TOPIC=qs/v1/part/1/+/events has kept them.
+    topic = "qs/v1/part/1/device-1/events"
+    keep(online.database, event(1), topic=topic)
+    keep(online.database, event(2, "device-2"), topic=topic)
+    # No ingester has known whose this is.
+    keep(online.database, event(3), topic="elsewhere", device_id=None)
+    with online.device() as device:
+        done = tool(online, "replay", 1, 2, 3, expected=1)
+        device.wait(lambda: len(device.acks) == 2, "the ACKs")
+    assert done.stdout == ("replayed 3 of 3 dead letters: 2 refused as device_mismatch, 1 stored\n")
+    assert [topic for topic, _ in device.messages] == ["qs/v1/device-1/acks"] * 2
+    assert [ack["status"] for ack in device.acks] == ["stored", "rejected"]
+    assert outcomes(online.database) == [("stored",), ("device_mismatch",), ("device_mismatch",)]
+    kept = online.database.query("SELECT DISTINCT topic FROM dead_letters WHERE id < 3")
+    assert kept == [(topic,)]
+
+
 def test_a_replay_under_load_loses_and_doubles_nothing(online: Pipeline) -> None:
     database = online.database
     database.query(CONSTRAINT)
@@ -579,10 +657,10 @@ def test_a_purge_deletes_what_is_older_and_no_more(pipeline: Pipeline) -> None:
     number = PURGE_ROWS_MAX * 2 + 500
     keep_many(database, number)  # a minute between each two
     done = tool(pipeline, "purge", "--older-than", "1h", "--dry-run")
-    assert re.fullmatch(r"would delete 2441 dead letters received before \S+Z\n", done.stdout)
+    assert re.fullmatch(r"would delete 2441 dead letters last received before \S+Z\n", done.stdout)
     assert database.count("dead_letters") == number
     done = tool(pipeline, "purge", "--older-than", "1h")
-    assert re.fullmatch(r"deleted 2441 dead letters received before \S+Z\n", done.stdout)
+    assert re.fullmatch(r"deleted 2441 dead letters last received before \S+Z\n", done.stdout)
     assert database.count("dead_letters") == 59
     assert tool(pipeline, "purge", "--older-than", "1h").stdout.startswith("deleted 0 dead letters")
     done = tool(pipeline, "purge", "--older-than", datetime.now(UTC).isoformat())
@@ -593,19 +671,20 @@ def test_a_table_of_before_gets_the_columns_and_no_writer_waits_later(
     servers: Stack, pipeline: Pipeline
 ) -> None:
     database = pipeline.database
-    columns = ", DROP COLUMN ".join(("replayed_at", "replay_outcome"))
-    database.query(f"ALTER TABLE dead_letters DROP COLUMN {columns}")
-    keep(database, event(1))
-    before = everything(database)
+    columns = ", DROP COLUMN ".join(("replayed_at", "replay_outcome", "times", "digest"))
+    database.query(f"ALTER TABLE dead_letters DROP COLUMN {columns}, DROP COLUMN last_received_at")
+    database.query(
+        "INSERT INTO dead_letters (received_at, reason, error, topic, payload)"
+        " VALUES (now(), 'not_json', 'x', 'qs/v1/device-1/events', '{')"
+    )
     done = tool(pipeline, "list", expected=2)
-    assert 'column "replayed_at" does not exist' in done.stderr
+    assert re.search('column "[a-z_]+" does not exist', done.stderr)
     servers.postgres.apply_schema(database.name)
-    assert [(str(row[0])[:-1] + ",,)",) for row in before] == everything(database)
-    tool(pipeline, "replay", 1)
+    tool(pipeline, "replay", 1, expected=1)
     marked = everything(database)
     writer = database.connect()
     with writer.cursor() as cursor:
-        cursor.execute("UPDATE dead_letters SET error = error")
+        cursor.execute("UPDATE dead_letters SET error = error, digest = digest")
         servers.postgres.apply_schema(database.name)  # waits for nobody
     writer.rollback()
     writer.close()
@@ -620,7 +699,7 @@ def test_the_ingesters_role_may_mark_and_delete_but_not_change_what_was_received
     connection.autocommit = True
     with connection.cursor() as cursor:
         cursor.execute("SET ROLE ingester")
-        for column in ("id", "received_at", "reason", "error", "topic", "device_id", "payload"):
+        for column in ("id", "received_at", "reason", "topic", "device_id", "payload", "digest"):
             with pytest.raises(psycopg2.Error, match="permission denied"):
                 cursor.execute(f"UPDATE dead_letters SET {column} = DEFAULT")
         cursor.execute("UPDATE dead_letters SET replayed_at = now(), replay_outcome = 'x'")

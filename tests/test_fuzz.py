@@ -307,8 +307,11 @@ def test_after_damaged_packets_and_payloads_all_that_the_broker_took_is_kept(
             assert device.ask(event(1, "honest"))["status"] == "stored"
 
         def kept() -> Counter[bytes]:
-            rows = database.query("SELECT payload FROM dead_letters")
-            return Counter(bytes(row[0]) for row in rows)
+            rows = database.query("SELECT payload, times FROM dead_letters")
+            found: Counter[bytes] = Counter()
+            for payload, times in rows:
+                found[bytes(payload)] += times
+            return found
 
         def missing() -> Counter[bytes]:
             """What the broker handed on, and is neither a dead letter nor a row."""

@@ -38,10 +38,11 @@ def add_events(database: Database, number: int, days: float, name: str) -> None:
 
 
 def add_dead_letters(database: Database, number: int, days: float, name: str) -> None:
+    """Add dead letters that first came long ago, and last came so many days ago."""
     database.query(
-        "INSERT INTO dead_letters (received_at, reason, error, topic, device_id, payload)"
-        " SELECT now() - %s * interval '1 day', 'not_json', 'x', 'x', %s, ''"
-        " FROM generate_series(1, %s)",
+        "INSERT INTO dead_letters (received_at, last_received_at, reason, error, topic, device_id,"
+        " payload) SELECT now() - interval '20000 days', now() - %s * interval '1 day',"
+        " 'not_json', 'x', 'x', %s, '' FROM generate_series(1, %s)",
         *(days, name, number),
     )
 
@@ -326,6 +327,7 @@ def test_a_pass_that_fails_is_said_with_what_it_did_and_tried_again_in_an_hour(
     ]
     assert passes.pause_seconds() == PASS_SECONDS
     database.query("ALTER TABLE elsewhere RENAME TO events")
+    store.connect()  # as the loop does; after such an error it is another session's turn
     clock.now += PASS_SECONDS
     finish_pass(passes, clock)
     assert database.count() == 0
@@ -363,8 +365,8 @@ def test_old_rows_are_found_by_the_index_and_looked_at_once(
     batches = 12
     add_events(database, batches * DELETED_ROWS_MAX, DAYS + 1, "old")
     database.query(
-        "INSERT INTO dead_letters (received_at, reason, error, topic, payload)"
-        " SELECT ts_server, 'not_json', 'x', 'x', '' FROM events"
+        "INSERT INTO dead_letters (received_at, last_received_at, reason, error, topic, payload)"
+        " SELECT ts_server, ts_server, 'not_json', 'x', 'x', '' FROM events"
     )
     database.query("ANALYZE events, dead_letters")  # as autovacuum does
     name, _, time_column = table.value

@@ -201,15 +201,45 @@ OURS = {
     "POSTGRES_PASSWORD": "ours",
 }
 WINS = [
-    ("PGHOST", "db.example", "POSTGRES_HOST", "host"),
-    ("PGHOST", "/run/postgresql", "POSTGRES_HOST", "host"),
-    ("PGHOSTADDR", "192.0.2.1", "POSTGRES_HOST", "host"),
-    ("PGPORT", "6000", "POSTGRES_PORT", "port"),
     ("PGDATABASE", "theirs", "POSTGRES_DB", "dbname"),
     ("PGUSER", "theirs", "POSTGRES_USER", "user"),
     ("PGPASSWORD", "theirs", "POSTGRES_PASSWORD", "password"),
-    ("PGPASSFILE", "/tmp/pgpass", "POSTGRES_PASSWORD", "password"),
 ]
+# Where the servers are, libpq is told in any case, as each is tried alone.
+PLACES = [
+    ({"PGHOST": "db.example"}, {"host": "db.example"}),
+    ({"PGHOST": "/run/postgresql"}, {"host": "/run/postgresql"}),
+    ({"PGHOST": "a,b", "PGPORT": "1,2"}, {"host": "a,b", "port": "1,2"}),
+    ({"PGHOST": "a,b"}, {"host": "a,b"}),
+    ({"POSTGRES_HOST": "a,b,c"}, {"host": "a,b,c"}),
+    ({"PGPORT": "6000"}, {"port": 6000}),
+    ({"PGHOST": "a,b", "PGHOSTADDR": "::1,::2"}, {"host": "a,b", "hostaddr": "::1,::2"}),
+]
+
+
+@pytest.mark.parametrize(("variables", "told"), PLACES)
+def test_where_the_servers_are_libpq_is_told(
+    variables: dict[str, str], told: dict[str, str | int]
+) -> None:
+    assert Settings.from_env(OURS | variables).database == FROM_OURS | told
+
+
+def test_an_address_takes_the_place_of_our_host() -> None:
+    database = Settings.from_env(OURS | {"PGHOSTADDR": "192.0.2.1"}).database
+    assert (database.get("host"), database["hostaddr"]) == (None, "192.0.2.1")
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"PGHOST": "a,b", "PGPORT": "1,2,3"},
+        {"PGHOST": "a,b", "PGHOSTADDR": "::1"},
+        {"PGPORT": "1,2"},
+    ],
+)
+def test_lists_of_servers_that_do_not_go_together_are_refused(variables: dict[str, str]) -> None:
+    (problem,) = problems_of(OURS | variables)
+    assert problem.startswith("PGHOST, PGHOSTADDR, PGPORT: ")
 
 
 def test_what_libpq_is_not_told_it_is_told_by_our_variables() -> None:
@@ -254,7 +284,7 @@ def test_libpqs_ssl_modes_are_left_to_libpq(mode: str) -> None:
 @pytest.mark.parametrize("service", [{}, {"PGSERVICE": "homelab"}], ids=["", "service"])
 def test_bad_variables_of_libpq_are_named_too(service: dict[str, str]) -> None:
     problems = problems_of(OURS | service | {"PGPORT": "x", "PGSSLMODE": "yes"})
-    assert [problem.split(":")[0] for problem in problems] == ["PGPORT", "PGSSLMODE"]
+    assert sorted(problem.split(":")[0] for problem in problems) == ["PGPORT", "PGSSLMODE"]
 
 
 # --- bad values ----------------------------------------------------------------------
@@ -585,8 +615,47 @@ def test_a_password_file_of_the_database_wins_over_ours_and_not_over_libpqs(
 ) -> None:
     env = OURS | {"POSTGRES_PASSWORD_FILE": str(secret_file(tmp_path, b"hunter2\n"))}
     assert Settings.from_env(env).database["password"] == "hunter2"
-    for theirs in ("PGPASSWORD", "PGPASSFILE"):
-        assert "password" not in Settings.from_env(env | {theirs: "x"}).database
+    pgpass = tmp_path / "pgpass"
+    pgpass.touch(0o600)
+    for theirs, value in (("PGPASSWORD", "x"), ("PGPASSFILE", str(pgpass))):
+        assert "password" not in Settings.from_env(env | {theirs: value}).database
+
+
+LIBPQ_FILES = [
+    "PGPASSFILE", "PGSERVICEFILE", "PGSSLROOTCERT", "PGSSLCERT", "PGSSLKEY", "PGSSLCRL",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LIBPQ_FILES)
+def test_a_file_of_libpqs_that_cannot_be_read_is_named(tmp_path: Path, name: str) -> None:
+    """libpq passes over some that are missing, and says of others what is no help."""
+    file = tmp_path / "there"
+    for path, why in ((file, "No such file or directory"), (tmp_path, "Is a directory")):
+        (problem,) = problems_of(OURS | {name: str(path)})
+        assert problem == f"{name}: '{path}' cannot be read ({why})"
+    file.touch(0o600)
+    Settings.from_env(OURS | {name: str(file)})
+
+
+def test_what_is_no_file_of_libpqs_is_left_to_it() -> None:
+    Settings.from_env(OURS | {"PGSSLROOTCERT": "system", "PGSSLKEY": "engine:key"})
+
+
+@pytest.mark.parametrize("name", ["missing/heartbeat", "."])
+def test_a_heartbeat_file_that_cannot_be_written_is_refused(tmp_path: Path, name: str) -> None:
+    (problem,) = problems_of(OURS | {"HEARTBEAT_FILE": str(tmp_path / name)})
+    assert problem.startswith("HEARTBEAT_FILE: ")
+    assert "cannot be written" in problem
+
+
+def test_looking_at_the_heartbeat_file_does_not_beat(tmp_path: Path) -> None:
+    file = tmp_path / "heartbeat"
+    Settings.from_env(OURS | {"HEARTBEAT_FILE": str(file)})
+    assert not file.exists()
+    file.touch()
+    os.utime(file, (1, 1))
+    Settings.from_env(OURS | {"HEARTBEAT_FILE": str(file)})
+    assert file.stat().st_mtime == 1
 
 
 def test_a_pgpassfile_that_libpq_would_ignore_is_refused(tmp_path: Path) -> None:

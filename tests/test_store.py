@@ -214,21 +214,18 @@ def test_what_another_writer_commits_meanwhile_is_a_duplicate(
     assert results == [DUPLICATE]
 
 
-def test_dead_letters_are_kept_whole_and_their_ids_are_in_order(
-    store: Store, database: Database
-) -> None:
+def test_dead_letters_are_kept_whole(store: Store, database: Database) -> None:
     payloads = [bytes(range(256)), b"", b"x" * 300_000]
     letters = [
         DeadLetter(NOON, Reason.NOT_JSON, "bad", "qs/v1/d/events", "d", None, payload)
         for payload in payloads
     ]
     ids = store.keep(letters)
-    assert ids == sorted(ids)
-    rows = database.query("SELECT id, reason, received_at, payload FROM dead_letters ORDER BY id")
-    kept = [(row[0], row[1], row[2], bytes(row[3])) for row in rows]
-    assert kept == [
+    rows = database.query("SELECT id, reason, received_at, payload FROM dead_letters")
+    kept = {(row[0], row[1], row[2], bytes(row[3])) for row in rows}
+    assert kept == {
         (i, "not_json", NOON, payload) for i, payload in zip(ids, payloads, strict=True)
-    ]
+    }
 
 
 # --- whose fault ---------------------------------------------------------------------
@@ -500,8 +497,7 @@ def test_applying_the_schema_again_changes_nothing_and_does_not_wait_for_writers
     servers: Any, database: Database
 ) -> None:
     describe = (
-        "SELECT table_name, column_name, data_type FROM information_schema.columns"
-        " ORDER BY table_schema, table_name, ordinal_position"
+        "SELECT table_name, column_name, data_type FROM information_schema.columns ORDER BY 1, 2"
     )
     indexes = "SELECT indexname, indexdef FROM pg_indexes ORDER BY 1"
     before = database.query(describe), database.query(indexes)

@@ -5,13 +5,15 @@ each release whose schema was another, and compares. What it does not: the comma
 person types; that is test_backup.py.
 """
 
+import itertools
+import threading
 from collections.abc import Iterator
 
 import pytest
 
 from tests.device import event
-from tests.pipeline import Database, Pipeline
-from tools.process import CHECKOUT, clean_environment, run
+from tests.pipeline import Database, Pipeline, wait_until
+from tools.process import CHECKOUT, StackError, clean_environment, run
 from tools.stack import Stack
 
 FIRST_RELEASE = CHECKOUT / "tests/data/schema_0.1.0.sql"
@@ -25,6 +27,26 @@ INSERT INTO dead_letters (received_at, reason, error, topic, device_id, event_id
     (now(), 'not_utf8', 'e', 'qs/v1/a/events', 'a', NULL, '\x00ff'),
     ('1999-12-31', 'missing_field', 'e', 'elsewhere', NULL, 'b-1', '{}');
 """
+# Three of one, received in another order than their ids say, and what differs from them by one
+# thing each: that is six rows, and four groups.
+EQUALS = r"""
+INSERT INTO dead_letters (received_at, reason, error, topic, device_id, event_id, payload) VALUES
+    ('2026-02-02Z', 'not_json', 'second', 't/\u00e9', 'a', NULL, '\x7b00ff'),
+    ('2026-02-03Z', 'not_json', 'third', 't/\u00e9', 'a', NULL, '\x7b00ff'),
+    ('2026-02-01Z', 'not_json', 'first', 't/\u00e9', 'a', NULL, '\x7b00ff'),
+    ('2026-02-04Z', 'not_utf8', 'reason', 't/\u00e9', 'a', NULL, '\x7b00ff'),
+    ('2026-02-04Z', 'not_json', 'topic', 't/e', 'e', NULL, '\x7b00ff'),
+    ('2026-02-04Z', 'not_json', 'payload', 't/\u00e9', 'a', NULL, '\x7b00');
+"""
+# As 0.3.0 and all before it write them.
+OLD_EVENT = (
+    "INSERT INTO events (event_id, device_id, schema, event_type) VALUES (%s, 'old', 1, 'x')"
+    " ON CONFLICT (event_id) DO NOTHING RETURNING event_id"
+)
+OLD_LETTER = (
+    "INSERT INTO dead_letters (received_at, reason, error, topic, device_id, event_id, payload)"
+    " VALUES (now(), 'not_json', 'e', 'qs/v1/old/events', 'old', NULL, %s) RETURNING id"
+)
 COLUMNS = {
     "events": "event_id, device_id, schema, event_type, value_num, value_text, unit, ts_device,"
     " ts_server, meta",
@@ -123,6 +145,8 @@ def test_the_ingester_knows_the_events_of_the_earlier_release(
     pipeline.ingester.start()
     pipeline.ingester.wait_ready()
     known = event(1, "a", unit="C", ts_device="2026-02-10T00:00:00Z", meta={"n": 1e23})
+    letters = earlier_release.query("SELECT id, times FROM dead_letters ORDER BY id")
+    assert letters == [(1, 1), (2, 1)]
     with pipeline.device("a") as device:
         assert device.ask(known)["status"] == "stored"
         assert device.ask(known | {"value": 22})["reason"] == "event_id_conflict"
@@ -130,5 +154,160 @@ def test_the_ingester_knows_the_events_of_the_earlier_release(
         device.wait(lambda: bool(device.dead_letters), "the dead letter")
         # The ids go on behind those of the earlier release.
         assert device.dead_letters[0]["id"] == 3
+        # What comes again is known as well.
+        device.publish(b"\x00\xff")
+        device.wait(lambda: len(device.dead_letters) == 2, "the dead letter of before")
+        assert device.dead_letters[1]["id"] == 1
+    letters = earlier_release.query("SELECT id, times FROM dead_letters ORDER BY id")
+    assert letters == [(1, 2), (2, 1), (3, 1)]
     assert earlier_release.count() == 4
     pipeline.ingester.stop()
+
+
+# --- dead letters that are equal -----------------------------------------------------
+
+
+def groups(database: Database) -> list[tuple[object, ...]]:
+    return database.query(
+        "SELECT id, times, (received_at AT TIME ZONE 'UTC')::date::text,"
+        " (last_received_at AT TIME ZONE 'UTC')::date::text,"
+        " error, digest IS NOT NULL FROM dead_letters WHERE topic LIKE 't/%' ORDER BY id"
+    )
+
+
+def test_equal_dead_letters_of_before_become_one_row_and_none_is_lost(
+    servers: Stack, earlier_release: Database
+) -> None:
+    servers.postgres.psql(EQUALS, earlier_release.name)
+    marks = earlier_release.query(
+        "SELECT FROM pg_attribute WHERE attrelid = 'dead_letters'::regclass"
+        " AND attname = 'replay_outcome'"
+    )
+    if marks:
+        # The one that came last has not been replayed: somebody is to look at it.
+        earlier_release.query(
+            "UPDATE dead_letters SET replayed_at = now(), replay_outcome = error"
+            " WHERE error IN ('first', 'second', 'topic')"
+        )
+    servers.postgres.apply_schema(earlier_release.name)
+    assert groups(earlier_release) == [
+        (3, 3, "2026-02-01", "2026-02-03", "third", True),
+        (6, 1, "2026-02-04", "2026-02-04", "reason", True),
+        (7, 1, "2026-02-04", "2026-02-04", "topic", True),
+        (8, 1, "2026-02-04", "2026-02-04", "payload", True),
+    ]
+    found = "SELECT id, replay_outcome FROM dead_letters WHERE replay_outcome IS NOT NULL"
+    assert earlier_release.query(found) == ([(7, "topic")] if marks else [])
+    payload = earlier_release.query("SELECT payload FROM dead_letters WHERE id = 3")[0][0]
+    assert bytes(payload) == b"\x7b\x00\xff"
+
+
+def test_what_an_earlier_release_writes_after_the_upgrade_is_merged_by_the_next_one(
+    servers: Stack, earlier_release: Database
+) -> None:
+    servers.postgres.apply_schema(earlier_release.name)
+    for _ in range(2):
+        servers.postgres.psql(EQUALS, earlier_release.name)
+        servers.postgres.apply_schema(earlier_release.name)
+    # The ids are those of the rows that were there first, and have a digest.
+    assert [row[:5] for row in groups(earlier_release)] == [
+        (3, 6, "2026-02-01", "2026-02-03", "third"),
+        (6, 2, "2026-02-04", "2026-02-04", "reason"),
+        (7, 2, "2026-02-04", "2026-02-04", "topic"),
+        (8, 2, "2026-02-04", "2026-02-04", "payload"),
+    ]
+
+
+def test_a_dead_letter_that_is_kept_while_the_schema_merges_is_counted(
+    servers: Stack, database: Database
+) -> None:
+    database.query(OLD_LETTER, b"{")
+    servers.postgres.apply_schema(database.name)
+    digest = database.query("SELECT digest FROM dead_letters")[0][0]
+    database.query("UPDATE dead_letters SET digest = NULL")
+    writer = database.connect()
+    with writer.cursor() as cursor:
+        cursor.execute(OLD_LETTER, (b"{",))
+        cursor.execute("UPDATE dead_letters SET digest = %s WHERE id = 2", (digest,))
+        step = threading.Thread(target=servers.postgres.apply_schema, args=(database.name,))
+        step.start()
+        database.wait_blocked()
+    writer.commit()
+    writer.close()
+    step.join(30)
+    assert database.query("SELECT id, times FROM dead_letters") == [(2, 2)]
+
+
+class OldWriter(threading.Thread):
+    """An ingester of an earlier release at work: events and dead letters, five of them equal."""
+
+    def __init__(self, database: Database) -> None:
+        super().__init__()
+        self._connection = database.connect()
+        self._connection.autocommit = True
+        self.written = 0
+        self.stop = threading.Event()
+        self.is_at_work = threading.Event()
+
+    def run(self) -> None:
+        with self._connection.cursor() as cursor:
+            # As the ingester has it; an error ends this thread, and `written` does not go on.
+            cursor.execute("SET statement_timeout = '10s'")
+            for number in itertools.count():
+                cursor.execute(OLD_EVENT, (f"old-{number}",))
+                cursor.execute(OLD_LETTER, (b"%d" % (number % 5),))
+                self.written += 1
+                self.is_at_work.set()
+                if self.stop.is_set():
+                    break
+        self._connection.close()
+
+
+def test_upgrades_at_once_and_an_earlier_release_at_work_neither_fail_nor_lose(
+    servers: Stack, earlier_release: Database, database: Database
+) -> None:
+    writer = OldWriter(earlier_release)
+    writer.start()
+    assert writer.is_at_work.wait(10)
+    name = earlier_release.name
+    failed: list[Exception] = []
+
+    def upgrade() -> None:
+        try:
+            servers.postgres.apply_schema(name)
+        except StackError as error:
+            failed.append(error)
+
+    upgrades = [threading.Thread(target=upgrade) for _ in range(3)]
+    for each in upgrades:
+        each.start()
+    for each in upgrades:
+        each.join(60)
+    before = writer.written
+    wait_until(lambda: writer.written > before, "the writer to go on")
+    writer.stop.set()
+    writer.join(20)
+    assert not failed
+    assert earlier_release.count("events WHERE device_id = 'old'") == writer.written
+    servers.postgres.apply_schema(name)
+    assert schema(earlier_release) == schema(database)
+    merged = "SELECT count(*), sum(times) FROM dead_letters WHERE topic = 'qs/v1/old/events'"
+    assert earlier_release.query(merged) == [(min(5, writer.written), writer.written)]
+    assert earlier_release.count("dead_letters WHERE digest IS NULL") == 0
+
+
+def test_what_the_owner_has_set_for_the_database_does_not_stop_an_upgrade(
+    servers: Stack, earlier_release: Database
+) -> None:
+    servers.postgres.psql(EQUALS, earlier_release.name)
+    for setting in (
+        "statement_timeout = 1",
+        "default_transaction_read_only = on",
+        "default_transaction_isolation = 'serializable'",
+        "standard_conforming_strings = off",
+        "bytea_output = 'escape'",
+    ):
+        servers.postgres.psql(f"ALTER DATABASE {earlier_release.name} SET {setting}", "postgres")
+    servers.postgres.apply_schema(earlier_release.name)
+    servers.postgres.psql(f"ALTER DATABASE {earlier_release.name} RESET ALL", "postgres")
+    assert groups(earlier_release)[0] == (3, 3, "2026-02-01", "2026-02-03", "third", True)

@@ -9,6 +9,7 @@ Invariant: no row that the contract lets in makes a view fail.
 
 import itertools
 import json
+import shlex
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator
@@ -22,6 +23,7 @@ from hypothesis import strategies as st
 from psycopg2 import errors, extras
 
 from tests.pipeline import Database
+from tests.test_tidy import chapter
 from tools.stack import Stack
 
 VIEWS = {
@@ -356,10 +358,26 @@ READS = {
 }
 
 
+# As many dead letters of the same devices over the same time.
+FILL_DEAD_LETTERS = """
+    INSERT INTO dead_letters (received_at, last_received_at, reason, error, topic, device_id,
+        payload)
+    SELECT ts_server - interval '1 day', ts_server, 'not_json', 'x', 'x', device_id, ''
+    FROM events
+"""
+
+
+def flood_query() -> str:
+    """The query that the README has people type, without psql around it."""
+    command = chapter("Which device floods").split("```sh\n")[1].split("```")[0]
+    return shlex.split(command)[-1]
+
+
 def test_a_view_reads_by_index_and_not_the_whole_table(database: Database) -> None:
     database.query(FILL)
-    database.query("VACUUM ANALYZE events")
-    for query, rows_max in READS.items():
+    database.query(FILL_DEAD_LETTERS)
+    database.query("VACUUM ANALYZE events, dead_letters")
+    for query, rows_max in (READS | {flood_query(): 200}).items():
         plan = database.query(f"EXPLAIN (ANALYZE, FORMAT JSON) {query}")[0][0][0]["Plan"]
         shown = f"{query}\n{json.dumps(plan, indent=1)}"
         found = list(scans(plan))
@@ -367,6 +385,43 @@ def test_a_view_reads_by_index_and_not_the_whole_table(database: Database) -> No
         assert "Seq Scan" not in {kind for kind, _ in found}, shown
         taken = sum(rows for kind, rows in found if kind != "Bitmap Heap Scan")
         assert 0 < taken <= rows_max, shown
+
+
+# --- the query that finds the device that floods --------------------------------------
+
+
+def test_the_readmes_query_finds_the_device_that_floods(cursor: Any) -> None:
+    cursor.execute("SELECT now()")
+    now = cursor.fetchone()[0]
+    minutes = {"many": range(40), "few": range(0, 50, 10), "before": range(61, 200)}
+    insert(
+        cursor,
+        [
+            Row(f"{device}-{ago}", device, "t", 1.0, None, None, None, now - timedelta(minutes=ago))
+            for device, all_ago in minutes.items()
+            for ago in all_ago
+        ],
+    )
+    # What came last before this hour does not count, however often it came.
+    letters = [("garbage", 9, 500), ("garbage", 59, 500), ("few", 1, 3), (None, 2, 2)]
+    letters += [("before", 61, 10**6), *((f"d-{n:02}", 5, 1) for n in range(20))]
+    for device, ago, times in letters:
+        cursor.execute(
+            "INSERT INTO dead_letters (received_at, last_received_at, times, reason, error,"
+            " topic, device_id, payload) VALUES (%s, %s, %s, 'not_json', 'x', 'x', %s, '')",
+            (now - DAY, now - timedelta(minutes=ago), times, device),
+        )
+    cursor.execute("SET ROLE reader")
+    cursor.execute(flood_query())
+    found = cursor.fetchall()
+    last = [now - timedelta(minutes=ago) for ago in (9, 1, 2)]
+    assert found[:4] == [
+        ("garbage", 0, 2, 1000, now - DAY, last[0]),
+        ("many", 40, 0, 0, None, None),
+        ("few", 5, 1, 3, now - DAY, last[1]),
+        (None, 0, 1, 2, now - DAY, last[2]),
+    ]
+    assert [row[1:4] for row in found[4:]] == [(0, 1, 1)] * 6
 
 
 # --- may one read them, and are they in the way --------------------------------------

@@ -23,11 +23,13 @@ END
 $$;
 
 COMMENT ON TABLE dead_letters IS
-    'One row for each event or payload that could not be stored, committed before the broker was told that it was taken.';
+    'One row for each different event or payload that could not be stored, committed before the broker was told that it was taken.';
 COMMENT ON COLUMN dead_letters.id IS 'The id that the published dead letter carries.';
-COMMENT ON COLUMN dead_letters.received_at IS 'When the ingester received it, by the ingester''s clock.';
+COMMENT ON COLUMN dead_letters.received_at IS
+    'When the ingester first received it, by the ingester''s clock.';
 COMMENT ON COLUMN dead_letters.reason IS 'Stable code of the reason; the README lists them.';
-COMMENT ON COLUMN dead_letters.error IS 'The reason in words: which field, what was expected.';
+COMMENT ON COLUMN dead_letters.error IS
+    'The reason in words, as it was the last time: which field, what was expected.';
 COMMENT ON COLUMN dead_letters.topic IS 'The topic that it was published on.';
 COMMENT ON COLUMN dead_letters.device_id IS 'The device, as the topic names it; NULL if it names none.';
 COMMENT ON COLUMN dead_letters.event_id IS 'The event_id, if there was a valid one; otherwise NULL.';

@@ -17,7 +17,7 @@ END
 $$;
 
 COMMENT ON COLUMN dead_letters.replayed_at IS
-    'When it was last replayed, by the database''s clock; NULL if never.';
+    'When it was last replayed, by the database''s clock; NULL if it has not been since it last came.';
 COMMENT ON COLUMN dead_letters.replay_outcome IS
     '"stored" if all that it holds are rows of events since; otherwise the reason code of the first that was refused again.';
 
