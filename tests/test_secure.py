@@ -79,10 +79,12 @@ def whole_stack(
 
 
 @pytest.fixture
-def stack(whole_stack: SecureStack) -> Iterator[SecureStack]:
+def stack(whole_stack: SecureStack, request: pytest.FixtureRequest) -> Iterator[SecureStack]:
     """The same; of a test that failed, pytest shows what is printed here."""
+    failed_before = request.session.testsfailed
     yield whole_stack
-    print(whole_stack.trouble())
+    if request.session.testsfailed > failed_before:
+        print(whole_stack.trouble())
 
 
 def rows(stack: SecureStack) -> tuple[str, str]:
@@ -927,8 +929,8 @@ def test_the_commands_of_the_readme_that_look_and_send_work(stack: SecureStack) 
 def test_up_without_a_secret_names_the_file_and_setup_names_the_mend(
     stack: SecureStack, tmp_path: Path
 ) -> None:
-    stack.down()
     for name in ("ca.crt", "broker", "database", "postgres_password", "mqtt_ingester_password"):
+        stack.down()  # and what the attempt before has started
         (stack.secrets / name).rename(tmp_path / name)
         try:
             refused = stack.run("docker", "compose", "up", "-d", expected=1).stderr
