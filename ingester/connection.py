@@ -10,6 +10,7 @@ what it has done is closed.
 """
 
 import logging
+import re
 import select
 import socket
 import time
@@ -115,6 +116,8 @@ FAULTS = {
     "54": Fault.EVENT,  # program limit exceeded: too big, too deep
     "P0001": Fault.EVENT,  # RAISE EXCEPTION in a trigger of the owner's
 }
+# Where it wanted to connect to, which we say by ourselves for each address.
+_LIBPQ_PREFIX = re.compile("(connection to server .* failed: )?(FATAL: +)?")
 # The statement was prepared in another server session: something in between deals them out.
 _LOST_STATEMENT = ("26000", "42P05")
 
@@ -355,8 +358,10 @@ def _pin(name: str, setting: str, reset: str) -> str:
     """Return what to set, knowing what is set, and what would be without this session."""
     if name == "synchronous_commit" and "remote_apply" in (setting, reset):
         return "remote_apply"
-    if name == "search_path":
+    if name == "search_path" and PINS[name] not in reset.split(", "):
         return ", ".join(filter(None, (reset, PINS[name])))
+    if name == "search_path":
+        return reset
     return PINS[name]
 
 
@@ -402,7 +407,14 @@ def _summary(error: Exception, address: Mapping[str, Any] | None = None) -> str:
     text = text.splitlines()[0][:300]
     if text.endswith("certificate verify failed"):  # libpq does not say why
         text += ": it has expired, or is not signed by the CA in PGSSLROOTCERT"
-    where = address.get("hostaddr") or address.get("host") if address else None
-    if where and str(where) not in text:
-        text = f"{where}, port {address['port'] if address else ''}: {text}"
-    return f"{text} (SQLSTATE {sqlstate})" if sqlstate else text
+    if sqlstate:
+        text += f" (SQLSTATE {sqlstate})"
+    return f"{_where(address)}{_LIBPQ_PREFIX.sub('', text, count=1)}" if address else text
+
+
+def _where(address: Mapping[str, Any]) -> str:
+    host, ip, port = address["host"], address["hostaddr"], address["port"]
+    if not ip:
+        return f"{host}: "  # a Unix socket
+    place = f"[{ip}]:{port}" if ":" in ip else f"{ip}:{port}"
+    return f"{place}: " if host == ip else f"{host} ({place}): "

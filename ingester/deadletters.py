@@ -79,14 +79,7 @@ def main() -> int:
 
 def _connect(settings: Settings) -> Letterbox:
     letterbox = Letterbox(settings.database)
-    try:
-        letterbox.connect()
-    except StoreUnavailable as error:
-        # What libpq's own variables say instead is not known here.
-        where = [
-            f"{settings.database[name]}:" for name in ("host", "port") if name in settings.database
-        ]
-        raise StoreUnavailable(f"{''.join(where)} {error}".strip()) from None
+    letterbox.connect()
     return letterbox
 
 

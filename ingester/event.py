@@ -9,14 +9,14 @@ is one that PostgreSQL takes. Python's own leniency (NaN, UTF-16, week dates, Tr
 is not the contract.
 """
 
-import contextlib
 import json
-import math
 import re
 from collections.abc import Sequence
 from datetime import UTC, datetime, tzinfo
-from typing import Any, NamedTuple
+from functools import lru_cache
+from typing import Any, NamedTuple, TypeGuard
 
+from ingester.payload import NotJSONError, Parsed, begins_array, event_ids, is_finite, parse
 from ingester.rejection import Reason, Rejection
 
 SCHEMA = 1
@@ -27,9 +27,15 @@ PAYLOAD_BYTES_MAX = 262_144
 # max_packet_size (mosquitto.conf): 1,000 answers of at most 1.4 kB.
 ARRAY_EVENTS_MAX = 1_000
 META_NESTING_MAX = 32
+EVENT_ID_CHARS_MAX = 200
+# Each answer to an event of an array repeats the topic's device id, which can have 65 kB.
+DEVICE_ID_ANSWERED_CHARS_MAX = 64
+# Of a field's name in the text of a rejection.
+NAME_CHARS_MAX = 50
 
 _DEVICE_ID = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
 _META_NESTING_RULE = f"meta: nested deeper than {META_NESTING_MAX} levels"
+_NUMBER_RULE = "expected a finite number, got nan, an infinity or one too large for a double"
 _DEVICE_ID_RULE = "device_id: expected 1 to 64 characters of A-Z a-z 0-9 _ . : -"
 # The profile of ISO 8601 that RFC 3339 has, plus an absent, short or colonless offset.
 _TIMESTAMP = re.compile(
@@ -73,44 +79,6 @@ class Decoded(NamedTuple):
     is_whole: bool
 
 
-def decode(device_id: str, payload: bytes, default_tz: tzinfo) -> Decoded:
-    """Decode a payload: one event, or an array of events that each stand or fall alone.
-
-    `device_id` is the topic's; `default_tz` applies to a ts_device without an offset. Never
-    raises.
-    """
-    try:
-        document = _parse(payload)
-        if not isinstance(document, list):
-            return Decoded([_result(document, device_id, default_tz)], False, False)
-        if not document:
-            raise _Refused(Reason.NOT_AN_OBJECT, "the array is empty: expected event objects")
-        if len(document) > ARRAY_EVENTS_MAX:
-            raise _Refused(
-                Reason.PAYLOAD_TOO_LARGE,
-                f"an array may hold {ARRAY_EVENTS_MAX} events, this one holds {len(document)}",
-            )
-        if not _DEVICE_ID.fullmatch(device_id):
-            # No event on such a topic is ever stored. One answer says so, not a thousand that
-            # each carry a device id of up to 65 kB.
-            raise _invalid(_DEVICE_ID_RULE)
-    except _Refused as refused:
-        return Decoded([Rejection(refused.reason, refused.error)], False, True)
-    return Decoded([_result(item, device_id, default_tz) for item in document], True, False)
-
-
-def elements(payload: bytes, indexes: Sequence[int]) -> list[bytes]:
-    """Return the JSON of these elements of an array that decode() took, as it was sent.
-
-    Where that cannot be had, each is the whole payload.
-    """
-    try:
-        document = _parse(payload)
-        return [_own_json(document[index]) for index in indexes]
-    except (_Refused, RecursionError):
-        return [payload] * len(indexes)
-
-
 class _Refused(Exception):
     """From where a fault is found to where it becomes a Rejection; never leaves this module."""
 
@@ -120,57 +88,95 @@ class _Refused(Exception):
         self.error = error
 
 
+def decode(device_id: str, payload: bytes, default_tz: tzinfo) -> Decoded:
+    """Decode a payload: one event, or an array of events that each stand or fall alone.
+
+    `device_id` is the topic's; `default_tz` applies to a ts_device without an offset. Never
+    raises.
+    """
+    try:
+        document, is_finite = _parse(payload)
+    except _Refused as refused:
+        # What is too large is looked at no further than what is not.
+        head = payload[:PAYLOAD_BYTES_MAX]
+        return _all_refused(refused, event_ids(head), begins_array(head))
+    result = _result if is_finite else _finite_result
+    if not isinstance(document, list):
+        return Decoded([result(document, device_id, default_tz)], False, False)
+    if refused_array := _refused_array(document, device_id):
+        ids = (item.get("event_id") for item in document if isinstance(item, dict))
+        answerable = [event_id for event_id in ids if isinstance(event_id, str)]
+        if len(device_id) > DEVICE_ID_ANSWERED_CHARS_MAX:
+            answerable = []
+        return _all_refused(refused_array, answerable, is_array=True)
+    return Decoded([result(item, device_id, default_tz) for item in document], True, False)
+
+
+def _refused_array(document: list[Any], device_id: str) -> _Refused | None:
+    """Return why an array is refused as a whole, if it is."""
+    if not document:
+        return _Refused(Reason.NOT_AN_OBJECT, "the array is empty: expected event objects")
+    if len(document) > ARRAY_EVENTS_MAX:
+        return _Refused(
+            Reason.PAYLOAD_TOO_LARGE,
+            f"an array may hold {ARRAY_EVENTS_MAX} events, this one holds {len(document)}",
+        )
+    if not _DEVICE_ID.fullmatch(device_id):
+        return _invalid(_DEVICE_ID_RULE)
+    return None
+
+
+def _all_refused(refused: _Refused, event_ids: Sequence[str], is_array: bool) -> Decoded:
+    """Return one Rejection for each id that is one, or a single one without."""
+    reason, error = refused.reason, refused.error
+    valid = [event_id for event_id in event_ids if _is_event_id(event_id)]
+    rejections = [Rejection(reason, error, event_id) for event_id in valid]
+    return Decoded(rejections or [Rejection(reason, error)], is_array or len(valid) > 1, True)
+
+
 def _result(fields: Any, device_id: str, default_tz: tzinfo) -> Event | Rejection:
     try:
         return _event(fields, device_id, default_tz)
     except _Refused as refused:
-        # The device knows its event by the id, so the answer carries it where it can.
-        event_id = None
-        if isinstance(fields, dict):
-            with contextlib.suppress(_Refused):
-                event_id = _text(fields.get("event_id"), "event_id", 1, 200)
-        return Rejection(refused.reason, refused.error, event_id)
+        return _rejection(refused, fields)
 
 
-def _parse(payload: bytes) -> Any:
+def _finite_result(fields: Any, device_id: str, default_tz: tzinfo) -> Event | Rejection:
+    """Do the same where a number may be none."""
+    if isinstance(fields, dict) and not is_finite(fields):
+        name = next(name for name, value in fields.items() if not is_finite(value))
+        return _rejection(_invalid(f"{_told(name)}: {_NUMBER_RULE}"), fields)
+    return _result(fields, device_id, default_tz)
+
+
+@lru_cache(maxsize=256)
+def _shared(error: str) -> str:
+    """Return the same object for the same text: of a thousand answers, most say the same."""
+    return error
+
+
+def _rejection(refused: _Refused, fields: Any) -> Rejection:
+    # The device knows its event by the id, so the answer carries it where it can.
+    event_id = fields.get("event_id") if isinstance(fields, dict) else None
+    event_id = event_id if _is_event_id(event_id) else None
+    return Rejection(refused.reason, _shared(refused.error), event_id)
+
+
+def _parse(payload: bytes) -> Parsed:
     if len(payload) > PAYLOAD_BYTES_MAX:
         raise _Refused(
             Reason.PAYLOAD_TOO_LARGE,
             f"a payload may have {PAYLOAD_BYTES_MAX} bytes, this one has {len(payload)}",
         )
     try:
-        text = payload.decode("utf-8")
+        return parse(payload)
     except UnicodeDecodeError as error:
         raise _Refused(Reason.NOT_UTF8, f"byte {error.start} is not UTF-8") from None
-    if not text:
-        raise _Refused(Reason.NOT_JSON, "the payload is empty")
-    try:
-        return _JSON.decode(text)
-    except ValueError as error:
+    except NotJSONError as error:
         raise _Refused(Reason.NOT_JSON, str(error)) from None
-    except RecursionError:
-        raise _Refused(Reason.NOT_JSON, "nested too deeply to be read") from None
 
 
-def _integer(text: str) -> int:
-    if len(text) > 308 and math.isinf(float(text)):
-        raise ValueError("a number overflows a double")
-    return int(text)
-
-
-def _finite(text: str) -> float:
-    number = float(text)
-    if math.isinf(number):
-        raise ValueError("a number overflows a double")
-    return number
-
-
-def _constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
-
-
-# Made once: json.loads() and json.dumps() make one at every call with arguments like these.
-_JSON = json.JSONDecoder(parse_int=_integer, parse_float=_finite, parse_constant=_constant)
+# Made once: json.dumps() makes one at every call that is not to escape what is not ASCII.
 _TO_JSON = json.JSONEncoder(ensure_ascii=False)
 
 
@@ -178,7 +184,7 @@ def _event(fields: Any, device_id: str, default_tz: tzinfo) -> Event:
     if not isinstance(fields, dict):
         raise _Refused(Reason.NOT_AN_OBJECT, f"expected an event object, got {_kind(fields)}")
     _check_schema(_required(fields, "schema"))
-    event_id = _text(_required(fields, "event_id"), "event_id", 1, 200)
+    event_id = _text(_required(fields, "event_id"), "event_id", 1, EVENT_ID_CHARS_MAX)
     _check_device_id(_required(fields, "device_id"), device_id)
     event_type = _text(_required(fields, "event_type"), "event_type", 1, 100)
     value_num, value_text = _value(fields.get("value"))
@@ -211,6 +217,14 @@ def _check_device_id(value: Any, topic_device_id: str) -> None:
         raise _invalid(_DEVICE_ID_RULE)
     if value != topic_device_id:
         raise _Refused(Reason.DEVICE_MISMATCH, "device_id: is not the one in the topic")
+
+
+def _is_event_id(value: Any) -> TypeGuard[str]:
+    try:
+        _text(value, "event_id", 1, EVENT_ID_CHARS_MAX)
+    except _Refused:
+        return False
+    return True
 
 
 def _text(value: Any, name: str, chars_min: int, chars_max: int) -> str:
@@ -285,11 +299,10 @@ def _nests_deeper(value: Any, levels_max: int) -> bool:
     return True
 
 
-def _own_json(element: Any) -> bytes:
-    try:
-        return _TO_JSON.encode(element).encode("utf-8")
-    except UnicodeEncodeError:  # half of a surrogate pair: only an escape can say it
-        return json.dumps(element).encode("ascii")
+def _told(name: str) -> str:
+    """Return the name of a field as the text of a rejection has it, whatever it is."""
+    cut = name if len(name) <= NAME_CHARS_MAX else f"{name[:NAME_CHARS_MAX]}..."
+    return cut if cut.isprintable() else ascii(cut)[1:-1]
 
 
 def _invalid(error: str) -> _Refused:

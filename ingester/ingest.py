@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 from ingester.broker import Message
 from ingester.decoder import DecodedMessage, Decoder
-from ingester.event import ARRAY_EVENTS_MAX, Event, elements
+from ingester.event import ARRAY_EVENTS_MAX, Event
+from ingester.payload import elements
 from ingester.rejection import DeadLetter, Reason, Rejection
 from ingester.reply import Reply, ack, ack_for, dead_letter_for
 from ingester.store import Outcome, Store

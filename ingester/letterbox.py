@@ -72,7 +72,8 @@ class Letterbox(Store):
     _refused: Sequence[DeadLetter] = ()
 
     def keep(self, letters: Sequence[DeadLetter]) -> list[int]:
-        """Remember what was refused; the ids are no one's."""
+        """Commit what was stored, and remember what was refused; the ids are no one's."""
+        super().keep(())
         self._refused = letters
         return [0] * len(letters)
 

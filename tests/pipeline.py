@@ -7,13 +7,16 @@ What it does not: start the ingester; tests differ in when.
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import psycopg2
 
+from ingester.event import Event
+from ingester.rejection import Rejection
+from ingester.store import Outcome, Store
 from tests.device import Device
 from tools.stack import Ingester, Mosquitto, Postgres
 
@@ -93,6 +96,14 @@ class Pipeline:
         """Stop the ingester; a test whose ingester ended by itself fails here."""
         code = self.ingester.stop()
         assert code in (0, -signal.SIGKILL), f"exit code {code}\n{self.ingester.log_tail()}"
+
+
+def insert(store: Store, events: Sequence[Event]) -> list[Outcome | Rejection]:
+    """Insert the events and commit, as ingest() does with the dead letters it makes of them."""
+    store.begin_insert(events)
+    outcomes = store.finish_insert()
+    store.keep([])
+    return outcomes
 
 
 def saved(mosquitto: Mosquitto) -> bytes:

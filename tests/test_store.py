@@ -18,7 +18,7 @@ from ingester.connection import FAULTS, Fault, StoreUnavailable, fault_of
 from ingester.event import Event
 from ingester.rejection import DeadLetter, Reason, Rejection
 from ingester.store import Outcome, Store
-from tests.pipeline import Database
+from tests.pipeline import Database, insert
 
 NOON = datetime(2026, 2, 10, 12, tzinfo=UTC)
 STORED, DUPLICATE, CONFLICT = Outcome.STORED, Outcome.DUPLICATE, Outcome.CONFLICT
@@ -35,14 +35,6 @@ def store(database: Database) -> Iterator[Store]:
     store.connect()
     yield store
     store.close()
-
-
-def insert(store: Store, events: Sequence[Event]) -> list[Outcome | Rejection]:
-    """Insert the events and commit, as ingest() does with the dead letters it makes of them."""
-    store.begin_insert(events)
-    outcomes = store.finish_insert()
-    store.keep([])
-    return outcomes
 
 
 def connect_and_insert(store: Store, events: Sequence[Event]) -> list[Outcome | Rejection]:

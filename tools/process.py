@@ -70,7 +70,7 @@ def require(*programs: str) -> None:
     if missing:
         raise MissingProgramError(
             f"not installed: {', '.join(missing)}. On Debian or Ubuntu tools/bootstrap installs "
-            "what is missing (mosquitto mosquitto-clients postgresql); or use Docker"
+            "what is missing (mosquitto mosquitto-clients postgresql pgbouncer); or use Docker"
         )
 
 
