@@ -1,14 +1,16 @@
 """The stack of docker-compose.yml, driven as a person drives it, by `docker compose`.
 
 What it does: copies the checkout, as a fresh clone would be, runs the compose file there
-unchanged, and takes everything away again. What it does not: touch the project `homelab`,
-whose volume holds somebody's events: the copy runs under a project name of its own.
+unchanged, or with an older broker and otherwise unchanged, and takes everything away again.
+What it does not: touch the project `homelab`, whose volume holds somebody's events: the copy
+runs under a project name of its own.
 
 Invariant: nothing of a stack that somebody else runs is stopped, removed or written to.
 """
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -17,11 +19,15 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import pytest
 from dotenv import dotenv_values
 
 from tests.pipeline import wait_until
 from tools.process import CHECKOUT, port_is_free
 
+# The broker's image as the checkout names it, and the one from before: many machines have it.
+BROKER, BROKER_2_0 = "eclipse-mosquitto:2", "eclipse-mosquitto:2.0"
+NAME_THE_BROKER = ("docker-compose.yml", "overlays/secure/common.sh")
 PROJECT = "homelab-test"
 VOLUME = f"{PROJECT}_postgres_data"
 # Names and ports are the same in every copy, so one stack runs on a machine.
@@ -42,6 +48,7 @@ class Compose:
 
     def __init__(self, folder: Path, *files: str) -> None:
         self.folder = folder
+        self.broker = BROKER
         self._volumes_seen = {VOLUME}
         self.settings = dotenv_values(folder / ".env")
         # Variables of the calling shell would win over .env.
@@ -52,6 +59,14 @@ class Compose:
         } | {"COMPOSE_PROJECT_NAME": PROJECT}
         if files:
             self.environment["COMPOSE_FILE"] = os.pathsep.join(files)
+
+    def use_broker(self, image: str) -> None:
+        """From the next up() on: name another image wherever the copy names the broker's."""
+        for path in (self.folder / name for name in NAME_THE_BROKER):
+            text, count = re.subn(rf"{self.broker}$", image, path.read_text(), flags=re.MULTILINE)
+            assert count == 1, f"{path} names {self.broker} {count} times"
+            path.write_text(text)
+        self.broker = image
 
     def run(
         self,
@@ -165,7 +180,7 @@ class Compose:
         self.down("--volumes", "--remove-orphans")
         # The broker's files belong to its user, not to the one who runs the tests.
         mount = f"{self.folder / 'mosquitto'}:/copy"
-        self.run("docker", "run", "--rm", "-v", mount, "eclipse-mosquitto:2",
+        self.run("docker", "run", "--rm", "-v", mount, BROKER,
                  "rm", "-rf", "/copy/data", "/copy/log")  # fmt: skip
         left = self.volumes_left()
         label = ["--filter", f"label=com.docker.compose.project={PROJECT}"]
@@ -192,6 +207,22 @@ def copy_checkout(folder: Path) -> Path:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(source, folder / name)
     return folder
+
+
+def with_each_broker(metafunc: pytest.Metafunc) -> None:
+    """Run a test with the images of its mark `brokers`; with the checkout's own, if it has none.
+
+    For a module's pytest_generate_tests, where the fixture `whole_stack` takes the image.
+    """
+    if "whole_stack" in metafunc.fixturenames:
+        mark = metafunc.definition.get_closest_marker("brokers")
+        images = mark.args if mark else (BROKER,)
+        metafunc.parametrize("whole_stack", images, indirect=True, scope="module", ids=image_id)
+
+
+def image_id(image: str) -> str:
+    """The version alone, for the names of tests."""
+    return image.rpartition(":")[2]
 
 
 def lock() -> socket.socket | None:

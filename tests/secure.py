@@ -167,16 +167,17 @@ class Client:
         return str(self._answer("SUBACK"))
 
     def subscribe_many(self, topics: list[str]) -> None:
-        """Subscribe to all in one packet; wait until it is answered, or we are thrown out."""
+        """Subscribe to each, in a packet of its own; wait for all answers, or to be thrown out."""
         answered = self.answers
-        self._client.subscribe([(topic, 0) for topic in topics])
-        while not self.ended.is_set():
+        for topic in topics:
+            self._client.subscribe(topic)
+        open_requests = len(topics)
+        while open_requests and not self.ended.is_set():
             try:
                 kind, _ = answered.get(timeout=0.1)
             except queue.Empty:
                 continue
-            if kind == "SUBACK":
-                return
+            open_requests -= kind == "SUBACK"
 
     def publish(self, topic: str, payload: object, *, retain: bool = False) -> str:
         """Publish at QoS 1; return the broker's answer."""
