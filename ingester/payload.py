@@ -233,8 +233,11 @@ def _without_depths(data: bytes) -> bytes:
 
 _KEY = b"event_id"
 # Between strings stands one of [ ] { } , : and else a quote is missing somewhere, or one too
-# many: from there on, what is taken for a string may be what stands between two.
-_QUOTES_DOUBTFUL = re.compile(rb'["k](?:[^,:\]}]|(?<=[^\[{,:]["k]))')
+# many: from there on, what is taken for a string may be what stands between two. Where a value
+# is missing, a container that follows at once may be what was damaged.
+_DOUBTFUL = re.compile(
+    rb'["k:](?:(?<=:)[\]}][\[{]|(?<=["k])(?:[^,:\]}]|(?<=[^\[{,:].)))',
+)
 # The key of an event's own id, k being such a key and " any other string. What is looked for
 # comes first and what must stand before it last: so re finds it without trying at each byte.
 _OWN_KEY = re.compile(rb'k(?=:["k](?:[,}]|\Z))(?<=[{,]k)')
@@ -266,7 +269,7 @@ def event_ids(payload: bytes) -> list[str]:
     for index in keys:
         parts[index] += b"k"
     compact = b'"'.join(parts).replace(b'k"', b"k")
-    if doubt := _QUOTES_DOUBTFUL.search(compact):
+    if doubt := _DOUBTFUL.search(compact):
         compact = compact[: doubt.start()]
     texts = (_unescaped(strings[index]) for index in _ids_at(compact, keys))
     return [text for text in texts if text is not None]

@@ -118,6 +118,8 @@ DAMAGED: dict[str, tuple[str, list[str | None]]] = {
     "behind a name": (f"data:{WITHIN}", [None]),
     "meta's brace lost": ('{"event_id":"a","meta":"x":1},"event_id":"within"}', ["a"]),
     "meta closed twice": ('{"event_id":"a","meta":{"x":[1]],"event_id":"within"}}', ["a"]),
+    "no value before a comma": ('[{"event_id":"a","value":},{"event_id":"b"}]', ["a", "b"]),
+    "an opening bracket turned": ('[{"event_id":"a","x":}{"event_id":"within"}]}]', ["a"]),
     "a quote lost": ('{"event_id":"a","unit":"C,"meta":{"event_id":"within"}}', ["a"]),
     "two quotes lost": (
         '{"event_id":"a","unit":"C,"meta":{"x":"y,"event_id":"within"}}',
