@@ -13,7 +13,7 @@ import json
 import re
 from collections.abc import Sequence
 from datetime import UTC, datetime, tzinfo
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple, TypeGuard
 
 from ingester.payload import NotJSONError, Parsed, begins_array, event_ids, is_finite, parse
@@ -135,10 +135,17 @@ def _all_refused(refused: _Refused, event_ids: Sequence[str], is_array: bool) ->
 
 
 def _result(fields: Any, device_id: str, default_tz: tzinfo) -> Event | Rejection:
+    if not isinstance(fields, dict):
+        return _no_object(_kind(fields))
     try:
         return _event(fields, device_id, default_tz)
     except _Refused as refused:
         return _rejection(refused, fields)
+
+
+@cache
+def _no_object(kind: str) -> Rejection:
+    return Rejection(Reason.NOT_AN_OBJECT, f"expected an event object, got {kind}")
 
 
 def _finite_result(fields: Any, device_id: str, default_tz: tzinfo) -> Event | Rejection:
@@ -155,9 +162,9 @@ def _shared(error: str) -> str:
     return error
 
 
-def _rejection(refused: _Refused, fields: Any) -> Rejection:
+def _rejection(refused: _Refused, fields: dict[str, Any]) -> Rejection:
     # The device knows its event by the id, so the answer carries it where it can.
-    event_id = fields.get("event_id") if isinstance(fields, dict) else None
+    event_id = fields.get("event_id")
     event_id = event_id if _is_event_id(event_id) else None
     return Rejection(refused.reason, _shared(refused.error), event_id)
 
@@ -180,9 +187,7 @@ def _parse(payload: bytes) -> Parsed:
 _TO_JSON = json.JSONEncoder(ensure_ascii=False)
 
 
-def _event(fields: Any, device_id: str, default_tz: tzinfo) -> Event:
-    if not isinstance(fields, dict):
-        raise _Refused(Reason.NOT_AN_OBJECT, f"expected an event object, got {_kind(fields)}")
+def _event(fields: dict[str, Any], device_id: str, default_tz: tzinfo) -> Event:
     _check_schema(_required(fields, "schema"))
     event_id = _text(_required(fields, "event_id"), "event_id", 1, EVENT_ID_CHARS_MAX)
     _check_device_id(_required(fields, "device_id"), device_id)
@@ -220,6 +225,8 @@ def _check_device_id(value: Any, topic_device_id: str) -> None:
 
 
 def _is_event_id(value: Any) -> TypeGuard[str]:
+    if not isinstance(value, str):
+        return False
     try:
         _text(value, "event_id", 1, EVENT_ID_CHARS_MAX)
     except _Refused:
