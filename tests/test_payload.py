@@ -178,6 +178,15 @@ def test_of_what_is_too_large_the_ids_at_its_beginning_are_answered() -> None:
     assert ids_of(ONE + " " * PAYLOAD_BYTES_MAX, Reason.PAYLOAD_TOO_LARGE) == ["a"]
 
 
+def test_on_a_topic_of_a_long_device_id_there_is_but_one_answer() -> None:
+    # Each would repeat it, and a topic may have 65 kB.
+    for payload in (f"[{ONE},{TWO},]", ONE + TWO, f"[{ONE},{TWO}" + " " * PAYLOAD_BYTES_MAX):
+        (rejection,) = decode("x" * 65, payload.encode(), UTC).results
+        assert rejection.event_id is None
+    (rejection,) = decode("x" * 65, ONE[:-1].encode(), UTC).results
+    assert rejection.event_id == "a"
+
+
 def test_json_that_holds_no_event_is_not_searched_for_one() -> None:
     for document in (f'{{"events":[{ONE}]}}', f'{{"event":{ONE}}}', f"[[{ONE}]]", json.dumps(ONE)):
         (result,) = decoded(document).results
