@@ -13,10 +13,10 @@ import json
 import re
 from collections.abc import Sequence
 from datetime import UTC, datetime, tzinfo
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple, TypeGuard
 
-from ingester.payload import NotJSONError, Parsed, begins_array, event_ids, is_finite, parse
+from ingester.payload import NotJSONError, begins_array, event_ids, is_finite, parse
 from ingester.rejection import Reason, Rejection
 
 SCHEMA = 1
@@ -28,13 +28,12 @@ PAYLOAD_BYTES_MAX = 262_144
 ARRAY_EVENTS_MAX = 1_000
 META_NESTING_MAX = 32
 EVENT_ID_CHARS_MAX = 200
-# Each answer to an event of an array repeats the topic's device id, which can have 65 kB.
+# Each answer repeats the topic's device id, which can have 65 kB: of many, there is then one.
 DEVICE_ID_ANSWERED_CHARS_MAX = 64
 # Of a field's name in the text of a rejection.
 NAME_CHARS_MAX = 50
 
 _DEVICE_ID = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
-_META_NESTING_RULE = f"meta: nested deeper than {META_NESTING_MAX} levels"
 _NUMBER_RULE = "expected a finite number, got nan, an infinity or one too large for a double"
 _DEVICE_ID_RULE = "device_id: expected 1 to 64 characters of A-Z a-z 0-9 _ . : -"
 # The profile of ISO 8601 that RFC 3339 has, plus an absent, short or colonless offset.
@@ -95,20 +94,17 @@ def decode(device_id: str, payload: bytes, default_tz: tzinfo) -> Decoded:
     raises.
     """
     try:
-        document, is_finite = _parse(payload)
+        document, is_plain = _parse(payload)
     except _Refused as refused:
         # What is too large is looked at no further than what is not.
         head = payload[:PAYLOAD_BYTES_MAX]
-        return _all_refused(refused, event_ids(head), begins_array(head))
-    result = _result if is_finite else _finite_result
+        return _all_refused(refused, event_ids(head), begins_array(head), device_id)
+    result = _result if is_plain else _finite_result
     if not isinstance(document, list):
         return Decoded([result(document, device_id, default_tz)], False, False)
     if refused_array := _refused_array(document, device_id):
-        ids = (item.get("event_id") for item in document if isinstance(item, dict))
-        answerable = [event_id for event_id in ids if isinstance(event_id, str)]
-        if len(device_id) > DEVICE_ID_ANSWERED_CHARS_MAX:
-            answerable = []
-        return _all_refused(refused_array, answerable, is_array=True)
+        ids = [item.get("event_id") for item in document if isinstance(item, dict)]
+        return _all_refused(refused_array, ids, True, device_id)
     return Decoded([result(item, device_id, default_tz) for item in document], True, False)
 
 
@@ -126,19 +122,30 @@ def _refused_array(document: list[Any], device_id: str) -> _Refused | None:
     return None
 
 
-def _all_refused(refused: _Refused, event_ids: Sequence[str], is_array: bool) -> Decoded:
+def _all_refused(
+    refused: _Refused, event_ids: Sequence[Any], is_array: bool, device_id: str
+) -> Decoded:
     """Return one Rejection for each id that is one, or a single one without."""
     reason, error = refused.reason, refused.error
-    valid = [event_id for event_id in event_ids if _is_event_id(event_id)]
-    rejections = [Rejection(reason, error, event_id) for event_id in valid]
-    return Decoded(rejections or [Rejection(reason, error)], is_array or len(valid) > 1, True)
+    ids: list[str | None] = [event_id for event_id in event_ids if _is_event_id(event_id)]
+    if not ids or len(device_id) > DEVICE_ID_ANSWERED_CHARS_MAX:
+        ids = [ids[0] if len(ids) == 1 else None]
+    rejections = [Rejection(reason, error, event_id) for event_id in ids]
+    return Decoded(rejections, is_array or len(ids) > 1, True)
 
 
 def _result(fields: Any, device_id: str, default_tz: tzinfo) -> Event | Rejection:
+    if not isinstance(fields, dict):
+        return _no_object(_kind(fields))
     try:
         return _event(fields, device_id, default_tz)
     except _Refused as refused:
         return _rejection(refused, fields)
+
+
+@cache
+def _no_object(kind: str) -> Rejection:
+    return Rejection(Reason.NOT_AN_OBJECT, f"expected an event object, got {kind}")
 
 
 def _finite_result(fields: Any, device_id: str, default_tz: tzinfo) -> Event | Rejection:
@@ -155,14 +162,14 @@ def _shared(error: str) -> str:
     return error
 
 
-def _rejection(refused: _Refused, fields: Any) -> Rejection:
+def _rejection(refused: _Refused, fields: dict[str, Any]) -> Rejection:
     # The device knows its event by the id, so the answer carries it where it can.
-    event_id = fields.get("event_id") if isinstance(fields, dict) else None
+    event_id = fields.get("event_id")
     event_id = event_id if _is_event_id(event_id) else None
     return Rejection(refused.reason, _shared(refused.error), event_id)
 
 
-def _parse(payload: bytes) -> Parsed:
+def _parse(payload: bytes) -> tuple[Any, bool]:
     if len(payload) > PAYLOAD_BYTES_MAX:
         raise _Refused(
             Reason.PAYLOAD_TOO_LARGE,
@@ -180,9 +187,7 @@ def _parse(payload: bytes) -> Parsed:
 _TO_JSON = json.JSONEncoder(ensure_ascii=False)
 
 
-def _event(fields: Any, device_id: str, default_tz: tzinfo) -> Event:
-    if not isinstance(fields, dict):
-        raise _Refused(Reason.NOT_AN_OBJECT, f"expected an event object, got {_kind(fields)}")
+def _event(fields: dict[str, Any], device_id: str, default_tz: tzinfo) -> Event:
     _check_schema(_required(fields, "schema"))
     event_id = _text(_required(fields, "event_id"), "event_id", 1, EVENT_ID_CHARS_MAX)
     _check_device_id(_required(fields, "device_id"), device_id)
@@ -220,6 +225,8 @@ def _check_device_id(value: Any, topic_device_id: str) -> None:
 
 
 def _is_event_id(value: Any) -> TypeGuard[str]:
+    if not isinstance(value, str):
+        return False
     try:
         _text(value, "event_id", 1, EVENT_ID_CHARS_MAX)
     except _Refused:
@@ -271,31 +278,27 @@ def _meta(value: Any) -> str:
         return "{}"
     if not isinstance(value, dict):
         raise _mistyped("meta", "an object", value)
-    try:
-        text = _TO_JSON.encode(value)
-    except RecursionError:  # nested as deeply as can just be read, it may be too deep to write
-        raise _invalid(_META_NESTING_RULE) from None
-    # Each level has a bracket, so with few of them, as in most, there is no need to look.
-    brackets = text.count("{") + text.count("[")
-    if brackets > META_NESTING_MAX and _nests_deeper(value, META_NESTING_MAX):
-        raise _invalid(_META_NESTING_RULE)
+    # Before it is written, which costs more; and what is flat, as most are, need not be looked at.
+    if not _CONTAINERS.isdisjoint(map(type, value.values())) and _nests_deeper(value):
+        raise _invalid(f"meta: nested deeper than {META_NESTING_MAX} levels")
+    text = _TO_JSON.encode(value)
     if ("\\u0000" in text or not text.isprintable()) and _UNSTORABLE_JSON.search(text):
         raise _invalid("meta: a string holds U+0000 or half of a surrogate pair")
     return text
 
 
-def _nests_deeper(value: Any, levels_max: int) -> bool:
+def _nests_deeper(meta: dict[str, Any]) -> bool:
     # Level by level and not recursively: the depth is the device's to choose.
-    level = [value]
-    for _ in range(levels_max):
-        level = [
-            child
-            for node in level
-            for child in (node.values() if isinstance(node, dict) else node)
-            if isinstance(child, (dict, list))
-        ]
-        if not level:
+    level: list[Any] = [meta]
+    for _ in range(META_NESTING_MAX):
+        below: list[Any] = []
+        for node in level:
+            children = node.values() if type(node) is dict else node
+            if not _CONTAINERS.isdisjoint(map(type, children)):
+                below += [child for child in children if type(child) in _CONTAINERS]
+        if not below:
             return False
+        level = below
     return True
 
 
@@ -319,4 +322,5 @@ def _kind(value: Any) -> str:
     return _KINDS.get(type(value), "a number")
 
 
+_CONTAINERS = frozenset({dict, list})
 _KINDS: dict[type, str] = {str: "a string", list: "an array", dict: "an object"}

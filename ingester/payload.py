@@ -17,7 +17,7 @@ from array import array
 from collections.abc import Sequence
 from contextlib import suppress
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any
 
 # Levels of brackets that are looked into. What a container at level NESTING_CUT nests beyond
 # NESTING_MAX is cut out together with it. An event's meta begins at level 2 or 3, so that one
@@ -35,13 +35,13 @@ _HIDDEN_APOSTROPHE = b"\xfd\xfd"
 _NOT_HIDDEN = bytes.maketrans(b"\xfd\xfe\xff", b"\xfc\xfc\xfc")
 
 
-def _table(default: int, **kept: bytes) -> bytes:
-    """Return a table for bytes.translate(): what is `kept` stays, all else becomes default."""
-    return bytes(code if code in kept["kept"] else default for code in range(256))
+def _table(kept: bytes, other: bytes) -> bytes:
+    """Return a table for bytes.translate(): what is not kept becomes the other."""
+    return bytes(code if code in kept else other[0] for code in range(256))
 
 
-_BLANK = _table(ord("_"), kept=b'"')
-_COMPACT = _table(ord("x"), kept=b'[]{},:"')
+_BLANK = _table(b'"', b"_")
+_COMPACT = _table(b'[]{},:"', b"x")
 # What a byte does to the depth, as a signed byte.
 _STEPS = bytes({0x5B: 1, 0x7B: 1, 0x5D: 255, 0x7D: 255}.get(code, 0) for code in range(256))
 
@@ -57,29 +57,25 @@ class NotJSONError(ValueError):
     """The text is not JSON; the message says why."""
 
 
-class Parsed(NamedTuple):
-    """A JSON document. Only if it is not `is_finite` can there be a NaN in it."""
+def parse(payload: bytes) -> tuple[Any, bool]:
+    """Return the document, and whether it is plain JSON: if not, there may be a NaN in it.
 
-    document: Any
-    is_finite: bool
-
-
-def parse(payload: bytes) -> Parsed:
-    """Parse a payload; raises NotJSONError and UnicodeDecodeError."""
+    Raises NotJSONError and UnicodeDecodeError.
+    """
     text = payload.decode("utf-8")
     try:
-        return Parsed(_STRICT.decode(text), True)
+        return _STRICT.decode(text), True
     except (ValueError, RecursionError) as error:
         data = _trimmed(payload)
         if len(data) == len(payload):
             return _parse_repaired(data, error)
     try:
-        return Parsed(_STRICT.decode(data.decode("utf-8")), True)
+        return _STRICT.decode(data.decode("utf-8")), True
     except (ValueError, RecursionError) as error:
         return _parse_repaired(data, error)
 
 
-def _parse_repaired(data: bytes, fault: Exception) -> Parsed:
+def _parse_repaired(data: bytes, fault: Exception) -> tuple[Any, bool]:
     """Parse what has this fault, if that is all there is to repair."""
     # A fault of the grammar has its place in the text; it is the one to tell.
     told = str(fault) if isinstance(fault, json.JSONDecodeError) else None
@@ -96,7 +92,7 @@ def _parse_repaired(data: bytes, fault: Exception) -> Parsed:
         raise NotJSONError("brackets are not closed") from None
     if isinstance(document, float) and math.isnan(document):
         raise NotJSONError("a number that is not finite is not JSON")
-    return Parsed(document, False)
+    return document, False
 
 
 def is_finite(document: Any) -> bool:
@@ -233,8 +229,11 @@ def _without_depths(data: bytes) -> bytes:
 
 _KEY = b"event_id"
 # Between strings stands one of [ ] { } , : and else a quote is missing somewhere, or one too
-# many: from there on, what is taken for a string may be what stands between two.
-_QUOTES_DOUBTFUL = re.compile(rb'["k](?:[^,:\]}]|(?<=[^\[{,:]["k]))')
+# many: from there on, what is taken for a string may be what stands between two. Where a value
+# is missing, a container that follows at once may be what was damaged.
+_DOUBTFUL = re.compile(
+    rb'["k:](?:(?<=:)[\]}][\[{]|(?<=["k])(?:[^,:\]}]|(?<=[^\[{,:].)))',
+)
 # The key of an event's own id, k being such a key and " any other string. What is looked for
 # comes first and what must stand before it last: so re finds it without trying at each byte.
 _OWN_KEY = re.compile(rb'k(?=:["k](?:[,}]|\Z))(?<=[{,]k)')
@@ -266,7 +265,7 @@ def event_ids(payload: bytes) -> list[str]:
     for index in keys:
         parts[index] += b"k"
     compact = b'"'.join(parts).replace(b'k"', b"k")
-    if doubt := _QUOTES_DOUBTFUL.search(compact):
+    if doubt := _DOUBTFUL.search(compact):
         compact = compact[: doubt.start()]
     texts = (_unescaped(strings[index]) for index in _ids_at(compact, keys))
     return [text for text in texts if text is not None]

@@ -10,6 +10,7 @@ larger than the broker takes would disconnect the ingester, again and again.
 import base64
 import json
 from datetime import UTC, datetime
+from json.encoder import encode_basestring as _quoted
 from typing import NamedTuple
 
 from ingester.event import SCHEMA
@@ -35,21 +36,14 @@ def timestamp(moment: datetime) -> str:
 
 def ack(device_id: str, event_id: str | None, rejection: Rejection | None) -> str:
     """Return the answer to one event, in JSON: stored, or rejected if there is a rejection."""
+    # By hand, as an encoder takes several times as long.
+    own = (
+        f'{{"schema": {SCHEMA}, "event_id": {"null" if event_id is None else _quoted(event_id)}, '
+        f'"device_id": {_quoted(device_id)}, "status": '
+    )
     if rejection is None:
-        # By hand, as it is what mostly is said: an encoder takes five times as long.
-        return (
-            f'{{"schema": {SCHEMA}, "event_id": {_TO_JSON.encode(event_id)}, '
-            f'"device_id": {_TO_JSON.encode(device_id)}, "status": "stored"}}'
-        )
-    answer = {
-        "schema": SCHEMA,
-        "event_id": event_id,
-        "device_id": device_id,
-        "status": "rejected",
-        "reason": rejection.reason,
-        "error": rejection.error,
-    }
-    return _TO_JSON.encode(answer)
+        return f'{own}"stored"}}'
+    return f'{own}"rejected", "reason": "{rejection.reason}", "error": {_quoted(rejection.error)}}}'
 
 
 def ack_for(topic: str, answers: list[str], *, is_array: bool) -> Reply:

@@ -4,6 +4,7 @@ What it does: sends it among good events, and counts at the sender. What it does
 at each rule of the event contract (test_event.py) or each answer (test_ingester.py).
 """
 
+import json
 import random
 import re
 from collections.abc import Callable
@@ -13,7 +14,9 @@ import pytest
 
 from tests.device import event
 from tests.findings import Finding, find
-from tests.pipeline import Pipeline
+from tests.load import connects
+from tests.pipeline import Database, Pipeline
+from tools.stack import Stack
 
 Report = Callable[[Finding], None]
 
@@ -85,6 +88,81 @@ def test_one_poisonous_event_in_a_full_batch_is_kept_and_the_rest_stored_in_one_
     assert "WARNING" not in log
     note = f"{inserts} INSERTs"
     report(find(f"one of {BATCH} is poisonous: {poison}", [device], database, note=note))
+
+
+def one(number: int, **fields: Any) -> str:
+    return json.dumps(event(number, **fields))
+
+
+# What devices print: the payload, the answers, and which of the events are rows.
+PRINTED: list[tuple[str, str, list[tuple[str, str | None]], list[str]]] = [
+    (
+        "nan in an array",
+        f"[{one(1)}, {one(2).replace('21.5', 'nan')}, {one(3, unit='nan, NaN')}]",
+        [("device-1-1", "stored"), ("device-1-2", "invalid_field"), ("device-1-3", "stored")],
+        ["device-1-1", "device-1-3"],
+    ),
+    ("a single -inf", one(1).replace("21.5", "-inf"), [("device-1-1", "invalid_field")], []),
+    (
+        "an array that is cut off",
+        f"[{one(1)}, {one(2)}, {one(3)}]"[:-30],
+        [("device-1-1", "not_json"), ("device-1-2", "not_json"), ("device-1-3", "not_json")],
+        [],
+    ),
+    ("a decimal comma", one(1).replace("21.5", "21,5"), [("device-1-1", "not_json")], []),
+    (
+        "a byte order mark and a NUL",
+        f"\ufeff[{one(1)}]\0",
+        [("device-1-1", "stored")],
+        ["device-1-1"],
+    ),
+    (
+        "one event that is absurdly deep",
+        f"[{one(1, meta='DEEP')}, {one(2)}]".replace('"DEEP"', '{"a":' * 5000 + "1" + "}" * 5000),
+        [("device-1-1", "invalid_field"), ("device-1-2", "stored")],
+        ["device-1-2"],
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("payload", "answers", "rows"),
+    [case[1:] for case in PRINTED],
+    ids=[case[0] for case in PRINTED],
+)
+def test_what_a_device_prints_costs_the_events_it_concerns_and_each_answer_names_one(
+    running: Pipeline, payload: str, answers: list[tuple[str, str]], rows: list[str]
+) -> None:
+    with running.device() as device:
+        device.publish(payload.encode())
+        device.wait(lambda: len(device.acks) >= len(answers), "an ACK for each")
+        heard = [(ack["event_id"], ack.get("reason", ack["status"])) for ack in device.acks]
+        assert heard == answers
+        stored = running.database.query("SELECT event_id FROM events ORDER BY event_id")
+        assert [row[0] for row in stored] == rows
+        if len(rows) < len(answers):
+            device.wait(lambda: bool(device.dead_letters), "the dead letter")
+            kept = running.database.query("SELECT payload FROM dead_letters")
+            assert len(kept) == 1
+            # As it was sent, so that a replay after a fix makes sense.
+            assert bytes(kept[0][0]).decode() in payload
+        assert "WARNING" not in running.ingester.log()
+
+
+def test_each_of_many_ids_is_answered_in_arrays_that_the_broker_takes(running: Pipeline) -> None:
+    # As long as they can be in one payload, and each character two in JSON.
+    ids = [f"{number:06}".ljust(200, '"') for number in range(600)]
+    payload = json.dumps([{"event_id": event_id} for event_id in ids])
+    more = "".join(f'{{"event_id":"{number}"}}' for number in range(10_000))
+    with running.device() as device:
+        device.publish(payload.encode()[:-1])
+        device.publish(more.encode())
+        device.wait(lambda: len(device.acks) >= 10_600, "an ACK for each", 30)
+    assert [ack["event_id"] for ack in device.acks] == ids[: len(ids)] + [
+        str(number) for number in range(10_000)
+    ]
+    assert running.database.count("dead_letters") == 2
+    assert connects(running) == 1
 
 
 def nonsense(randomness: random.Random, number: int) -> bytes:

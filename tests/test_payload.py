@@ -118,6 +118,8 @@ DAMAGED: dict[str, tuple[str, list[str | None]]] = {
     "behind a name": (f"data:{WITHIN}", [None]),
     "meta's brace lost": ('{"event_id":"a","meta":"x":1},"event_id":"within"}', ["a"]),
     "meta closed twice": ('{"event_id":"a","meta":{"x":[1]],"event_id":"within"}}', ["a"]),
+    "no value before a comma": ('[{"event_id":"a","value":},{"event_id":"b"}]', ["a", "b"]),
+    "an opening bracket turned": ('[{"event_id":"a","x":}{"event_id":"within"}]}]', ["a"]),
     "a quote lost": ('{"event_id":"a","unit":"C,"meta":{"event_id":"within"}}', ["a"]),
     "two quotes lost": (
         '{"event_id":"a","unit":"C,"meta":{"x":"y,"event_id":"within"}}',
@@ -174,6 +176,15 @@ def test_of_what_is_too_large_the_ids_at_its_beginning_are_answered() -> None:
     assert ids_of(payload, Reason.PAYLOAD_TOO_LARGE) == [f"{i:06}" for i in range(number)]
     assert decoded(payload).is_array
     assert ids_of(ONE + " " * PAYLOAD_BYTES_MAX, Reason.PAYLOAD_TOO_LARGE) == ["a"]
+
+
+def test_on_a_topic_of_a_long_device_id_there_is_but_one_answer() -> None:
+    # Each would repeat it, and a topic may have 65 kB.
+    for payload in (f"[{ONE},{TWO},]", ONE + TWO, f"[{ONE},{TWO}" + " " * PAYLOAD_BYTES_MAX):
+        (rejection,) = decode("x" * 65, payload.encode(), UTC).results
+        assert rejection.event_id is None
+    (rejection,) = decode("x" * 65, ONE[:-1].encode(), UTC).results
+    assert rejection.event_id == "a"
 
 
 def test_json_that_holds_no_event_is_not_searched_for_one() -> None:
