@@ -15,8 +15,7 @@ import pytest
 from tests.device import event
 from tests.findings import Finding, find
 from tests.load import connects
-from tests.pipeline import Database, Pipeline
-from tools.stack import Stack
+from tests.pipeline import Pipeline
 
 Report = Callable[[Finding], None]
 
