@@ -21,7 +21,7 @@ from typing import Any
 
 from dotenv import load_dotenv
 
-from ingester.broker import Broker
+from ingester.broker import Broker, UnknownPaho
 from ingester.decoder import Decoder
 from ingester.ingest import ingest
 from ingester.outage import Outage
@@ -34,6 +34,8 @@ from ingester.store import Store, StoreUnavailable
 TURN_SECONDS = 0.5
 # How long the database may go unasked, so that its absence is noticed in a quiet hour too.
 PING_SECONDS = 10.0
+# While the database works, the MQTT session is looked after so often at least.
+SERVE_SECONDS = 0.5
 # A message that waits longer than this to be settled is a sign that nothing moves. The 20 s
 # that the healthcheck allows the heartbeat to be old come on top.
 PENDING_SECONDS_MAX = 10.0
@@ -54,6 +56,7 @@ class Daemon:
         self._retention = Retention(self._store, settings.retention_days)
         self._progress = Progress(settings.heartbeat_file)
         self._answered_at = 0.0
+        self._served_at = 0.0
 
     def stop(self, _signal: int, _frame: FrameType | None) -> None:
         """Let the loop end after the batch in hand; a signal handler."""
@@ -95,8 +98,9 @@ class Daemon:
 
     def _meanwhile(self, is_ready: bool) -> tuple[Sequence[Any], bool]:
         """Do a step of what can be done while the database works; see Store."""
-        if is_ready:
-            self._broker.take_in()
+        if is_ready or time.monotonic() - self._served_at >= SERVE_SECONDS:
+            self._broker.serve()
+            self._served_at = time.monotonic()
         return self._broker.sockets, self._decoder.decode_ahead(self._broker.messages)
 
     def _report(self) -> None:
@@ -128,7 +132,11 @@ def main() -> int:
         print(f"ingester: {error}", file=sys.stderr)
         return 2
     _log_to_stdout(settings.log_level)
-    daemon = Daemon(settings)
+    try:
+        daemon = Daemon(settings)
+    except UnknownPaho as error:
+        print(f"ingester: {error}", file=sys.stderr)
+        return 2
     signal.signal(signal.SIGTERM, daemon.stop)
     signal.signal(signal.SIGINT, daemon.stop)
     daemon.run()
