@@ -21,7 +21,7 @@ SECONDS = 4
 FUNCTIONS_SHOWN = 15
 # The innermost of these on the stack is the stage. Names as py-spy writes them.
 STAGES = {
-    "Broker.take_in": "read MQTT while the database works",
+    "Broker.serve": "read MQTT while the database works",
     "Broker.receive": "read MQTT",
     "Decoder.take": "decode",
     "Decoder.decode_ahead": "decode while the database works",

@@ -23,7 +23,7 @@ from typing import Any
 
 from dotenv import load_dotenv
 
-from ingester.broker import Broker
+from ingester.broker import Broker, UnknownPaho
 from ingester.connection import LOOK_SECONDS, StoreUnavailable
 from ingester.decoder import Decoder
 from ingester.ingest import ingest
@@ -152,7 +152,11 @@ def main() -> int:
     os.environ.setdefault("RES_OPTIONS", RESOLVER_OPTIONS)
     # The traceback, then what SIGALRM does by itself. No thread: the kernel counts.
     faulthandler.register(signal.SIGALRM, file=sys.stderr, all_threads=False, chain=True)
-    daemon = Daemon(settings)
+    try:
+        daemon = Daemon(settings)
+    except UnknownPaho as error:
+        print(f"ingester: {error}", file=sys.stderr)
+        return 2
     signal.signal(signal.SIGTERM, daemon.stop)
     signal.signal(signal.SIGINT, daemon.stop)
     daemon.run()

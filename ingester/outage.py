@@ -37,17 +37,17 @@ class Outage:
         """Return how long to wait before the next try; 0 when it may be now."""
         return max(0.0, self._next_try_at - time.monotonic()) if self.lasts else 0.0
 
-    def failed(self, error: str) -> None:
+    def failed(self, error: str, level: int = logging.WARNING) -> None:
         """Note a failed try: say so if it is time to, and set the time of the next one."""
         now = time.monotonic()
         if not self.lasts and now - self._ended_at >= CALM_SECONDS:
             self._tries = 0
             self._began_at = now
         if self._tries == 0:
-            self._say("%s: %s; trying again until it works", self._name, error)
+            self._say(level, "%s: %s; trying again until it works", self._name, error)
         elif now - self._said_at >= REMINDER_SECONDS:
             lasted = now - self._began_at
-            self._say("%s: still failing after %.0f s: %s", self._name, lasted, error)
+            self._say(level, "%s: still failing after %.0f s: %s", self._name, lasted, error)
         backoff = min(BACKOFF_SECONDS_MAX, BACKOFF_SECONDS_MIN * 2 ** min(self._tries, 10))
         self._next_try_at = now + backoff * random.uniform(0.75, 1.0)
         self._tries += 1
@@ -63,7 +63,7 @@ class Outage:
             log.info("%s: back after %.1f s", self._name, self._ended_at - self._began_at)
             self._is_said = False
 
-    def _say(self, line: str, *values: object) -> None:
-        log.warning(line, *values)
+    def _say(self, level: int, line: str, *values: object) -> None:
+        log.log(level, line, *values)
         self._said_at = time.monotonic()
         self._is_said = True

@@ -1,7 +1,7 @@
 """TLS to the broker: what is checked of it, and what is wrong with it, in plain words.
 
 What it does: makes the context from the variables' files, and turns what OpenSSL says of a
-failed connection into a line that names the mend. What it does not: connect.
+failed connection into a line that names the fix. What it does not: connect.
 
 Invariant: a context verifies the broker's certificate and its name, with TLS 1.2 or newer.
 Nothing can switch that off.
@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 
 from ingester.secret import read_file
 
-# What OpenSSL's verify code (x509_vfy.h) says of the broker's certificate, and the mend.
+# What OpenSSL's verify code (x509_vfy.h) says of the broker's certificate, and the fix.
 _WRONG_NAME = "is not for this name: set MQTT_HOST to a name in it, or make it again for this name"
 _VERIFY_CODES = {
     9: "is not valid yet: set the clock of this machine, or of the one that made it",
@@ -23,6 +23,14 @@ _VERIFY_CODES = {
     62: _WRONG_NAME,
     64: _WRONG_NAME,
 }
+
+_CLOSED = (ssl.SSLEOFError, ssl.SSLZeroReturnError, ConnectionResetError, BrokenPipeError)
+_TLS_PORT = "MQTT_PORT is not that of its TLS listener"
+# Of OpenSSL's words for an alert from the other side (RFC 8446, section 6.2), those that are
+# about a client's certificate. A broker with TLS 1.2 says that it fails in the handshake.
+_CLIENT_CERTIFICATE_WORDS = ("CERTIFICATE", "UNKNOWN_CA", "ACCESS_DENIED", "HANDSHAKE_FAILURE")
+# OpenSSL's words for an answer that is no TLS record.
+_NOT_TLS = ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "HTTPS_PROXY_REQUEST", "RECORD_LAYER_FAILURE")
 
 
 def make_context(env: Mapping[str, str], problems: list[str]) -> ssl.SSLContext | None:
@@ -77,7 +85,7 @@ def _load_own(context: ssl.SSLContext, cert: str, key: str, problems: list[str])
 
 
 def explain(error: OSError, host: str, port: int) -> str:
-    """Say why there is no connection, and what mends it."""
+    """Say why there is no connection: what was seen, and which settings are worth a look."""
     where, reason = f"{host}:{port}", getattr(error, "reason", None) or ""
     if isinstance(error, ssl.SSLCertVerificationError):
         unknown_ca = (
@@ -85,10 +93,22 @@ def explain(error: OSError, host: str, port: int) -> str:
             " the CA that signed it"
         )
         return f"the certificate of {where} {_VERIFY_CODES.get(error.verify_code, unknown_ca)}"
+    if isinstance(error, TimeoutError) and "handshake" in str(error):
+        return (
+            f"{where} takes the connection and does not answer in the TLS handshake: it hangs or"
+            f" is overloaded, or {_TLS_PORT}"
+        )
+    if isinstance(error, _CLOSED):
+        return (
+            f"{where} closes the connection in the TLS handshake: it is being stopped or refuses"
+            f" us, which its log tells, or {_TLS_PORT}"
+        )
+    if not isinstance(error, ssl.SSLError):
+        return f"cannot connect to {where}: {error}"
     if "PROTOCOL" in reason:
-        return f"{where} has no TLS 1.2 or newer: update the broker, or mend its tls_version"
-    if "ALERT" in reason:
+        return f"{where} has no TLS 1.2 or newer: update the broker, or fix its tls_version"
+    if "ALERT" in reason and any(word in reason for word in _CLIENT_CERTIFICATE_WORDS):
         return f"{where} wants a client certificate (MQTT_CERT_FILE), or refuses ours: {reason}"
-    if isinstance(error, (ssl.SSLError, ConnectionResetError)) or "handshake" in str(error):
+    if reason in _NOT_TLS:
         return f"{where} does not answer in TLS: set MQTT_PORT to the broker's TLS listener"
-    return f"cannot connect to {where}: {error}"
+    return f"the TLS handshake with {where} fails: {reason or error}"

@@ -19,7 +19,7 @@ from paho.mqtt import client as paho
 from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode
 from paho.mqtt.reasoncodes import ReasonCode
 
-from ingester.broker import CONNECT_SECONDS_MAX, UNANSWERED
+from ingester.broker import CONNECT_SECONDS_MAX, UNANSWERED, right_to_read
 from ingester.settings import Settings
 from ingester.tls import explain
 
@@ -148,8 +148,8 @@ class Visitor:
         for topic, granted in zip(self._subscriptions, self._granted or (), strict=True):
             if granted.is_failure:
                 raise BrokerUnavailable(
-                    f"MQTT: {self._where} refuses the subscription to {topic}: give the user"
-                    f" {self._settings.mqtt_username} the right to read it"
+                    f"MQTT: {self._where} refuses the subscription to {topic}:"
+                    f" {right_to_read(self._settings, topic)}"
                 )
 
     def _wait(self, condition: Callable[[], bool], answer: str) -> None:
@@ -197,6 +197,10 @@ class Visitor:
         self._granted = reason_codes
 
     def _on_message(self, _client: Any, _user: Any, message: paho.MQTTMessage) -> None:
+        try:
+            topic = message.topic
+        except UnicodeDecodeError:
+            return  # not one of ours, which are all of UTF-8
         self._received.append(
-            Received(message.topic, bytes(message.payload), message.retain, time.monotonic())
+            Received(topic, bytes(message.payload), message.retain, time.monotonic())
         )

@@ -2,9 +2,8 @@
 
     python -m tests.kill_at STEP N
 
-What it does: puts the kill around a method of Store, of Broker or of its client, from
-outside, and runs ingester.app. What it does not: change what those do, or ask shipped code
-for a hook.
+What it does: puts the kill around a method of Store or of Broker, from outside, and runs
+ingester.app. What it does not: change what those do, or ask shipped code for a hook.
 
 Invariant: it dies at the N-th time that the step is reached, and at no other moment.
 """
@@ -16,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ingester import app
-from ingester.broker import Broker, FewerCalls
+from ingester.broker import Broker
 from ingester.store import Store
 
 Method = Callable[..., Any]
@@ -59,12 +58,12 @@ def die() -> None:
 
 def before_insert(kill: Kill) -> None:
     """A batch was received, nothing else."""
-    Store.insert = kill.before(Store.insert)  # type: ignore[method-assign]
+    Store.begin_insert = kill.before(Store.begin_insert)  # type: ignore[method-assign]
 
 
 def after_commit(kill: Kill) -> None:
     """The events are rows, and nobody knows."""
-    Store.insert = kill.after(Store.insert)  # type: ignore[method-assign]
+    Store.finish_insert = kill.after(Store.finish_insert)  # type: ignore[method-assign]
 
 
 def after_replies(kill: Kill) -> None:
@@ -72,15 +71,15 @@ def after_replies(kill: Kill) -> None:
 
     As if the one send for all of it had been cut there.
     """
-    settle = FewerCalls.settle
+    answer = Broker._answer
 
-    def settle_replies_alone(client: FewerCalls, replies: Any, messages: Any) -> Any:
+    def answer_without_pubacks(broker: Broker, replies: Any, messages: Any) -> Any:
         if kill.is_within(1) is None:
-            return settle(client, replies, messages)
-        settle(client, replies, [])
+            return answer(broker, replies, messages)
+        answer(broker, replies, [])
         return die()
 
-    FewerCalls.settle = settle_replies_alone  # type: ignore[assignment, method-assign]
+    Broker._answer = answer_without_pubacks  # type: ignore[assignment, method-assign]
 
 
 def amid_pubacks(kill: Kill) -> None:
@@ -88,16 +87,16 @@ def amid_pubacks(kill: Kill) -> None:
 
     As if the one send for all of it had been cut there.
     """
-    settle = FewerCalls.settle
+    answer = Broker._answer
 
-    def settle_in_part(client: FewerCalls, replies: Any, messages: Any) -> Any:
+    def answer_in_part(broker: Broker, replies: Any, messages: Any) -> Any:
         to_puback = [message for message in messages if message.qos > 0]
         if (last := kill.is_within(len(to_puback))) is None:
-            return settle(client, replies, messages)
-        settle(client, replies, to_puback[:last])
+            return answer(broker, replies, messages)
+        answer(broker, replies, to_puback[:last])
         return die()
 
-    FewerCalls.settle = settle_in_part  # type: ignore[assignment, method-assign]
+    Broker._answer = answer_in_part  # type: ignore[assignment, method-assign]
 
 
 def after_puback(kill: Kill) -> None:

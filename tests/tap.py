@@ -17,14 +17,14 @@ from typing import NamedTuple
 from tests.proxy import Connection, Direction, Flow, Proxy
 
 # MQTT 3.1.1, section 2.2.1: the packet types that are looked at.
-PUBLISH, PUBACK = 3, 4
+PUBLISH, PUBACK, PUBREC, PUBREL, PUBCOMP = 3, 4, 5, 6, 7
 # Pieces sent at one go, each by a send() of its own.
 PIECES = 50
 ENDLESS = 1 << 40
 
 
 class Packet(NamedTuple):
-    """A packet; mid, topic and payload are those of a PUBLISH or a PUBACK."""
+    """A packet; the mid is that of a PUBLISH or of what answers one, the rest a PUBLISH's."""
 
     direction: Direction
     kind: int
@@ -57,7 +57,7 @@ class Line:
         return [item for item in self.packets if (item.direction, item.kind) == (direction, kind)]
 
     def check(self) -> None:
-        """Check that each PUBACK has a message of this line, and comes behind its ACKs.
+        """Check that each PUBACK or PUBREC has a message of this line, and is behind its ACKs.
 
         For messages that hold nothing but valid events, which no other message repeats.
         """
@@ -68,10 +68,10 @@ class Line:
                 delivered[packet.mid] = _event_ids(packet.payload)
             elif packet.kind == PUBLISH and packet.topic.endswith("/acks"):
                 acked |= _event_ids(packet.payload)
-            elif packet.kind == PUBACK and packet.direction == "to_server":
-                assert packet.mid in delivered, f"PUBACK of packet id {packet.mid} from elsewhere"
+            elif packet.kind in (PUBACK, PUBREC) and packet.direction == "to_server":
+                assert packet.mid in delivered, f"packet id {packet.mid} is from elsewhere"
                 early = delivered.pop(packet.mid) - acked
-                assert not early, f"a PUBACK came before the ACKs of {early}"
+                assert not early, f"a PUBACK or PUBREC came before the ACKs of {early}"
 
 
 def _body(data: bytearray) -> tuple[int, int] | None:
@@ -88,7 +88,7 @@ def _body(data: bytearray) -> tuple[int, int] | None:
 
 def _packet(direction: Direction, head: int, body: bytes) -> Packet:
     kind, qos = head >> 4, head >> 1 & 3
-    if kind == PUBACK:
+    if kind in (PUBACK, PUBREC, PUBREL, PUBCOMP):
         return Packet(direction, kind, int.from_bytes(body, "big"))
     if kind != PUBLISH:
         return Packet(direction, kind)

@@ -3,7 +3,7 @@
 What it does: lets batches be taken, tried again and lost in any order, with any amount of
 decoding ahead between them, and compares with decoding each message when it is its turn.
 What it does not: the event contract (test_event.py), or a database; that it is used while
-the database works is seen in test_fewer_calls.py.
+the database works is seen in test_session.py.
 """
 
 import json

@@ -11,6 +11,7 @@ import shutil
 import signal
 import socket
 import ssl
+import struct
 import subprocess
 import threading
 import time
@@ -215,12 +216,14 @@ def test_the_messages_of_one_tls_record_are_one_batch(secured: Secured, ca: Auth
     with terminator(ca.issue("front"), pipeline.mosquitto.port) as port:
         start(pipeline, MQTT_PORT=port)
         with pipeline.device() as device:
+            device.deliver([event("first")])  # the subscription stands
+            log_end = pipeline.ingester.log_end
             for number in range(80):  # 13 kB, and a record holds 16
                 device.send(event(number))
-            device.wait(lambda: len(device.heard_at) == 80, "80 ACKs")
+            device.wait(lambda: len(device.heard_at) == 81, "80 ACKs more")
         pipeline.ingester.stop()
     # By paho alone, 1, then 2, 4, 8 and so on: 7 batches.
-    assert pipeline.ingester.log().count("batch: ") <= 3
+    assert pipeline.ingester.log(log_end).count("batch: ") <= 3
 
 
 def test_cuts_and_restarts_of_the_broker_lose_nothing_over_tls(secured: Secured) -> None:
@@ -345,8 +348,53 @@ def test_a_broker_that_speaks_no_tls_on_that_port(secured: Secured) -> None:
     pipeline = secured()
     port = pipeline.mosquitto.port
     assert refusal(with_environment(pipeline, MQTT_PORT=port)) == (
-        f"localhost:{port} does not answer in TLS: set MQTT_PORT to the broker's TLS listener"
+        f"localhost:{port} closes the connection in the TLS handshake: it is being stopped or"
+        " refuses us, which its log tells, or MQTT_PORT is not that of its TLS listener"
     )
+
+
+# What comes back for a ClientHello, and what is to be said of it. MQTT's own answer is a CONNACK.
+ANSWERS = {
+    "nothing": (b"", "closes the connection in the TLS handshake: "),
+    "a reset": (b"", "closes the connection in the TLS handshake: "),
+    "HTTP": (b"HTTP/1.1 400 Bad Request\r\n\r\n", "does not answer in TLS: set MQTT_PORT"),
+    "SMTP": (b"220 mail.example ESMTP\r\n", "does not answer in TLS: set MQTT_PORT"),
+    "alert: internal error": (
+        b"\x15\x03\x03\x00\x02\x02\x50",
+        "fails: TLSV1_ALERT_INTERNAL_ERROR",
+    ),
+    "alert: unknown CA": (
+        b"\x15\x03\x03\x00\x02\x02\x30",
+        "wants a client certificate (MQTT_CERT_FILE), or refuses ours: ",
+    ),
+    "alert: close": (
+        b"\x15\x03\x03\x00\x02\x01\x00",
+        "closes the connection in the TLS handshake: ",
+    ),
+}
+
+
+@pytest.mark.parametrize("answer", ANSWERS)
+def test_a_port_that_answers_the_handshake_with_something_else(
+    secured: Secured, answer: str
+) -> None:
+    data, expected = ANSWERS[answer]
+    pipeline = secured()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(15)
+        with_environment(pipeline, MQTT_HOST="127.0.0.1", MQTT_PORT=server.getsockname()[1])
+        pipeline.ingester.start()
+        line, _ = server.accept()
+        with line:
+            line.recv(4096)
+            line.sendall(data)
+            if answer == "a reset":
+                line.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        pipeline.ingester.wait_for_log(AGAIN)
+        assert pipeline.ingester.stop() == 0
+    log = pipeline.ingester.log()
+    assert expected in log
+    assert "Traceback" not in log
 
 
 def test_a_broker_that_wants_tls_where_none_is_set(secured: Secured) -> None:
@@ -397,7 +445,11 @@ def test_a_handshake_that_is_never_answered_is_given_up_and_holds_up_no_signal(
     with Proxy(tls_port(pipeline)) as proxy:
         proxy.freeze()
         with_environment(pipeline, MQTT_PORT=proxy.port).ingester.start()
-        pipeline.ingester.wait_for_log("does not answer in TLS: set MQTT_PORT")
+        pipeline.ingester.wait_for_log(
+            f"WARNING MQTT: localhost:{proxy.port} takes the connection and does not answer in the"
+            " TLS handshake: it hangs or is overloaded, or MQTT_PORT is not that of its TLS"
+            f" listener{AGAIN}"
+        )
         proxy.cut()
         proxy.thaw()
         pipeline.ingester.wait_ready()

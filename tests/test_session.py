@@ -1,18 +1,19 @@
-"""How the ingester saves calls to the kernel, on a real broker and a real database.
+"""The MQTT session, on a real broker and a real database: what is read and written, and when.
 
-What it does: holds the private methods of paho that FewerCalls replaces to the sources that
-were tested, counts calls, cuts what is read ahead and what is written in one piece at any
-place, and sees that MQTT is read while the database works. What it does not: measure time;
-that is the benchmark.
+What it does: holds what is used of paho's private parts to one place, counts calls to the
+kernel, cuts what is read and what is written in one piece at any place, and sees that MQTT is
+served while the database works. What it does not: measure time; that is the benchmark. What
+the broker grants, forgets or sends that it should not: test_faults_session.py.
 """
 
-import hashlib
 import inspect
 import json
 import random
 import re
 import select
 import socket
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -25,13 +26,12 @@ import pytest
 from paho.mqtt import __version__, _packet
 from paho.mqtt import client as paho
 from paho.mqtt.enums import CallbackAPIVersion
-from psycopg2 import extensions
 
 from ingester import broker as broker_module
 from ingester import decoder as decoder_module
 from ingester import event as event_module
 from ingester.app import Daemon
-from ingester.broker import PAHO_VERSION, Broker, FewerCalls, Message, Plain
+from ingester.broker import Broker, Connection, Message
 from ingester.event import Event
 from ingester.reply import Reply
 from ingester.settings import Settings
@@ -40,76 +40,54 @@ from tests.conftest import CHECKOUT
 from tests.device import Device, event
 from tests.findings import find
 from tests.load import connects, load
-from tests.pipeline import Database, Pipeline, restart_from, saved, wait_until
+from tests.pipeline import Database, Pipeline, insert, restart_from, saved, wait_until
 from tests.tap import PUBACK, PUBLISH, Tap
-from tests.test_packet import MALFORMED
+from tests.test_mqtt import MALFORMED
 
-# --- paho is the one that was tested -----------------------------------------------------
-
-# The private method of paho.Client that FewerCalls replaces, those that it calls, and an attribute
-# that it sets.
-REPLACED = {"_sock_recv"}
-CALLED = {"_loop_rc_handle", "_mid_generate", "_packet_queue"}
-SET = {"_last_bytes_received"}
-# These, and what calls them or is called by them: the first 16 digits of the SHA-256 of the
-# source. What to do when they change: see the message below.
-SOURCES = {
-    "_packet_queue": "e298fa9ab31e5f79",
-    "_sock_recv": "c3b9043a46dd81b7",
-    "_mid_generate": "55fc1e4a5f1584fb",
-    "_check_keepalive": "162b7cd2a4d56585",
-    "_sock_send": "300d9f1031bd0dbd",
-    "_packet_write": "d097b7b51bed128d",
-    "_packet_read": "bbe32d8af1e37955",
-    "_packet_handle": "ac4c129ed409db42",
-    "_handle_publish": "1bbaa3ef0e3afc6d",
-    "reconnect": "3ecdf1a8299e8c8a",
-    "loop_read": "4fa11ca2d451dbec",
-    "loop_write": "57c360e5ae749fd9",
-    "loop_misc": "e9c8f0e45281062e",
-    "_loop_rc_handle": "ee5ad3b7849433a4",
-}
-WHAT_TO_DO = (
-    "paho is not the one that FewerCalls (ingester/broker.py) was tested with. Read what changed"
-    " in the methods of SOURCES (tests/test_fewer_calls.py) and mend FewerCalls if need be. Set"
-    " PAHO_VERSION, the pin in ingester/requirements.txt and SOURCES; then run tests/run --faults"
-    " and the benchmark."
-)
+# --- what is used of paho's private parts ------------------------------------------------
 
 
-def source_digest(name: str) -> str:
-    source = inspect.getsource(getattr(paho.Client, name))
-    return hashlib.sha256(source.encode()).hexdigest()[:16]
-
-
-def parameters(method: Callable[..., Any]) -> list[tuple[str, Any, Any]]:
-    """Return what a caller sees; the annotations may be written in another way."""
-    found = inspect.signature(method).parameters.values()
-    return [(item.name, item.kind, item.default) for item in found]
-
-
-def test_paho_is_the_version_that_fewer_calls_was_tested_with() -> None:
+def test_paho_is_pinned_and_the_pinned_one_is_installed() -> None:
     pins = (CHECKOUT / "ingester/requirements.txt").read_text()
-    pinned = re.findall(r"(?m)^paho-mqtt==(\S+)", pins)
-    assert [PAHO_VERSION, *pinned] == [__version__] * 2, WHAT_TO_DO
+    assert re.findall(r"(?m)^paho-mqtt==(\S+)", pins) == [__version__]
 
 
-def test_the_private_methods_of_paho_are_those_that_were_tested() -> None:
-    missing = [name for name in SOURCES if not hasattr(paho.Client, name)]
-    assert not missing, WHAT_TO_DO
-    assert {name: source_digest(name) for name in SOURCES} == SOURCES, WHAT_TO_DO
+def test_no_private_parts_of_paho_are_used_but_those_that_are_checked() -> None:
+    client = paho.Client(CallbackAPIVersion.VERSION2)
+    of_paho = {name for name in dir(client) if re.match("_[^_]", name)}
+    used = set(re.findall(r"(?:\.|def )(_[a-z]\w*)", inspect.getsource(Connection)))
+    assert used & of_paho == {*Connection.PRIVATE_METHODS, *Connection.PRIVATE_ATTRIBUTES}
+    assert not re.findall(r"_client\._\w+", inspect.getsource(broker_module))
 
 
-def test_fewer_calls_uses_no_other_private_names_of_paho() -> None:
-    private = {name for name in vars(FewerCalls) if re.match("_[^_]", name)}
-    assert {name for name in private if hasattr(paho.Client, name)} == REPLACED
-    for name in REPLACED:
-        assert parameters(getattr(FewerCalls, name)) == parameters(getattr(paho.Client, name)), name
-    client = FewerCalls("any", lambda _: None)
-    own = set(vars(client)) - set(vars(paho.Client(CallbackAPIVersion.VERSION2)))
-    used = set(re.findall(r"(?:self|super\(\))\.(_[a-z]\w*)", inspect.getsource(FewerCalls)))
-    assert used - own - private == CALLED | SET
-    assert set(vars(client)) >= SET
+UNKNOWN_PAHOS = {
+    "_mid_generate()": "del Client._mid_generate",
+    "_packet_queue(command, packet, mid, qos, info)": (
+        "Client._packet_queue = lambda self, command, packet: None"
+    ),
+    "_ping_t": (
+        "init = Client.__init__;"
+        " Client.__init__ = lambda self, *given, **named:"
+        " init(self, *given, **named) or delattr(self, '_ping_t')"
+    ),
+}
+
+
+@pytest.mark.parametrize("part", UNKNOWN_PAHOS)
+def test_a_paho_without_what_is_used_of_it_is_refused_at_the_start_in_one_line(part: str) -> None:
+    program = (
+        "import sys; from paho.mqtt.client import Client;"
+        f" {UNKNOWN_PAHOS[part]};"
+        " from ingester import app; sys.exit(app.main())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=CHECKOUT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr == (
+        f"ingester: paho-mqtt {__version__} is installed, which has no {part}: install the version"
+        " in ingester/requirements.txt\n"
+    )
 
 
 # --- in this process ---------------------------------------------------------------------
@@ -176,14 +154,14 @@ def wait_confirmed(broker: Broker) -> None:
     def confirmed() -> bool:
         broker.wait(0.02)
         broker.receive(1, 0.02)
-        return broker._client.unconfirmed == 0
+        return not broker._session.unconfirmed
 
     wait_until(confirmed, "a PUBACK for each reply")
 
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """How often paho, for the ingester, has read from or written to the socket by now.
+    """How often the ingester has read from or written to the socket by now.
 
     Each of the two methods makes one call to the kernel. Beside them the PUBACKs that were
     decoded into objects, of this and of every other client.
@@ -199,61 +177,33 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
         monkeypatch.setattr(owner, name, counted)
 
-    count(paho.Client, "_sock_recv", lambda client: isinstance(client, Plain))
-    count(paho.Client, "_sock_send", lambda client: isinstance(client, Plain))
+    count(Connection, "read", lambda _: True)
+    count(paho.Client, "_sock_send", lambda client: isinstance(client, Connection))
     count(_packet, "decode_puback", lambda _: True)
     return counter
 
 
-def calls_for(
-    pipeline: Pipeline, calls: Counter[str], number: int
-) -> tuple[Counter[str], Counter[str], Counter[str]]:
-    """Return the calls to read a batch of messages, to settle it, and to read the PUBACKs."""
-    steps = []
+def test_a_batch_is_settled_by_one_send_and_read_by_far_fewer_calls_than_it_has_packets(
+    pipeline: Pipeline, calls: Counter[str]
+) -> None:
+    number = 200
     with session(pipeline) as broker:
         with pipeline.device() as device:
             publish(device, range(number))
         calls.clear()
         batch = receive(broker, number)
-        steps.append(calls.copy())
+        assert calls["read"] * 10 < number
         calls.clear()
         broker.settle(batch, acks_for(batch))
-        steps.append(calls.copy())
+        assert calls["_sock_send"] == 1
+        assert broker.in_hand == 0
         calls.clear()
         # MQTT 3.1.1, section 3.4: a PUBACK is four bytes.
         port = pipeline.mosquitto.port
         wait_until(lambda: unread_bytes(port) >= 4 * number, f"{number} PUBACKs to be there")
         wait_confirmed(broker)
-        steps.append(calls.copy())
-        assert broker.in_hand == 0
-    read, settle, confirm = steps
-    return read, settle, confirm
-
-
-def test_a_batch_is_settled_by_one_send_and_read_by_far_fewer_calls_than_it_has_packets(
-    pipeline: Pipeline, calls: Counter[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    number = 200
-    read, settle, confirm = calls_for(pipeline, calls, number)
-    monkeypatch.setattr(broker_module, "PAHO_VERSION", "another")
-    plain_read, plain_settle, plain_confirm = calls_for(pipeline, calls, number)
-    print(f"{number} messages: read {read}, settle {settle}, PUBACKs {confirm}; plain:")
-    print(f"read {plain_read}, settle {plain_settle}, PUBACKs {plain_confirm}")
-    assert settle["_sock_send"] == 1
-    assert plain_settle["_sock_send"] == 2 * number
-    assert read["_sock_recv"] * 10 < number
-    assert read["_sock_recv"] * 30 < plain_read["_sock_recv"]
-    assert confirm["_sock_recv"] * 30 < plain_confirm["_sock_recv"]
-    assert (confirm["decode_puback"], plain_confirm["decode_puback"]) == (0, number)
-
-
-# --- either way, the same ----------------------------------------------------------------
-
-# The other class is taken away: whoever would use it ends with a NameError.
-START = {
-    "fewer calls": "del broker.Plain",
-    "plain": "broker.PAHO_VERSION = 'another'; del broker.FewerCalls",
-}
+        assert calls["read"] * 10 < number
+        assert calls["decode_puback"] == 0
 
 
 def prepare(pipeline: Pipeline, statement: str) -> None:
@@ -289,9 +239,7 @@ def send_mixture(device: Device, numbers: range) -> tuple[int, int]:
     return acks, letters
 
 
-@pytest.mark.parametrize("way", START)
-def test_either_way_all_is_stored_and_answered(pipeline: Pipeline, way: str) -> None:
-    prepare(pipeline, START[way])
+def test_a_mixture_and_a_backlog_of_it_are_stored_and_answered(pipeline: Pipeline) -> None:
     start(pipeline)
     with pipeline.device() as device:
         acks, letters = send_mixture(device, range(500))
@@ -303,7 +251,7 @@ def test_either_way_all_is_stored_and_answered(pipeline: Pipeline, way: str) -> 
         device.wait(lambda: len(device.acks) == acks + more_acks, "an ACK for each", 60)
         letters += more_letters
         device.wait(lambda: len(device.dead_letters) == letters, f"{letters} dead letters")
-    finding = find(way, [device], pipeline.database)
+    finding = find("mixture", [device], pipeline.database)
     assert finding.sent == 4000 + 2 * 100
     assert finding.rows == finding.heard_stored == finding.sent
     assert finding.dead_letters == letters
@@ -418,8 +366,7 @@ def test_a_packet_that_a_lost_connection_has_begun_is_not_ended_by_the_next(
     ):
         publish(device, range(number))
         batch = receive(broker, 10)
-        assert isinstance(broker._client, FewerCalls)
-        assert broker._client._begun
+        assert broker._session._reader._begun
         tap.cut()
         # Some of them never came over the first connection, so this is reached by the second.
         delivered: set[bytes] = set()
@@ -481,12 +428,12 @@ SMALL_SEND_BUFFER = 4_096
 
 def settle_in_part(broker: Broker, number: int) -> None:
     """Settle a batch whose ACKs the socket does not take as a whole."""
-    sock = broker._client.socket()
+    sock = broker._session.socket
     assert isinstance(sock, socket.socket)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SMALL_SEND_BUFFER)
     batch = receive(broker, number)
     broker.settle(batch, acks_for(batch, PADDING))
-    assert broker._client.want_write(), "the socket took it all: this tests nothing"
+    assert broker._session._client.want_write(), "the socket took it all: this tests nothing"
     assert broker.in_hand == 0
 
 
@@ -506,7 +453,7 @@ def test_a_batch_that_a_paused_broker_takes_in_part_is_written_on_when_it_goes_o
             try:
                 settle_in_part(broker, number)
                 broker.wait(0.1)
-                assert broker._client.want_write()
+                assert broker._session._client.want_write()
             finally:
                 pipeline.mosquitto.resume()
             wait_confirmed(broker)
@@ -564,23 +511,25 @@ def test_while_the_database_works_a_batch_more_is_taken_in_hand_and_no_more(
         batch = receive(broker, 10)
         lock.enter_context(database.locked())
 
-        def meanwhile(is_ready: bool) -> tuple[list[Any], bool]:
-            if is_ready:
-                broker.take_in()
-            seen.append(broker.in_hand)
-            if len(seen) == 5:
-                lock.close()
-            return broker.sockets, False
+        class Served:
+            """The broker, and how much was in hand each time."""
 
-        store = Store(database.conninfo, meanwhile)
-        try:
-            store.connect()
-            seen.clear()
-            item = Event("a", "device-1", 1, "temperature", 21.5, None, "C", None, "{}")
-            assert store.insert([item]) == [Outcome.STORED]
-        finally:
-            extensions.set_wait_callback(None)
-            store.close()
+            @property
+            def sockets(self) -> list[Any]:
+                return broker.sockets
+
+            def serve(self) -> None:
+                broker.serve()
+                seen.append(broker.in_hand)
+                if len(seen) == 3:
+                    lock.close()
+
+        store = Store(database.conninfo, Served())
+        store.connect()
+        seen.clear()
+        item = Event("a", "device-1", 1, "temperature", 21.5, None, "C", None, "{}")
+        assert insert(store, [item]) == [Outcome.STORED]
+        store.close()
         assert max(seen) == broker.in_hand == 20
         assert broker.receive(10, 0) == batch  # the oldest, as before
         assert broker.sockets == []
@@ -603,8 +552,7 @@ def test_while_the_database_works_the_next_batch_is_decoded(
 
         def decode(device_id: str, payload: bytes, default_tz: tzinfo) -> Any:
             result = event_module.decode(device_id, payload, default_tz)
-            assert isinstance(result, Event)
-            decoded.append(result.event_id)
+            decoded.extend(str(item.event_id) for item in result.results)
             if len(decoded) == 20:
                 lock.close()
             return result
@@ -612,7 +560,6 @@ def test_while_the_database_works_the_next_batch_is_decoded(
         monkeypatch.setattr(decoder_module, "decode", decode)
         daemon = Daemon(Settings.from_env(pipeline.environment | {"BATCH_MAX": "10"}))
         stack.callback(daemon._broker.close, b"{}")
-        stack.callback(extensions.set_wait_callback, None)
         stack.callback(daemon._store.close)
 
         def turns_until(condition: Callable[[], bool]) -> Callable[[], bool]:
@@ -639,13 +586,13 @@ def test_what_was_too_much_to_hold_is_sent_again_even_if_each_insert_lets_messag
 
         def too_much() -> bool:
             broker.wait(0.02)
-            return broker._overflowed
+            return broker._session.in_flight.overflowed
 
         wait_until(too_much, "more messages than may be held")
         for number in range(100, 110):
             batch = receive(broker, min(10, broker.in_hand))
             publish(device, range(number, number + 1))
-            broker.take_in()  # as the Store does while the insert of the batch waits
+            broker.serve()  # as the Store does while the insert of the batch waits
             broker.settle(batch, acks_for(batch))
             if not broker.in_hand:
                 break
