@@ -509,7 +509,6 @@ def test_while_the_database_works_a_batch_more_is_taken_in_hand_and_no_more(
     ):
         publish(device, range(100))
         batch = receive(broker, 10)
-        lock.enter_context(database.locked())
 
         class Served:
             """The broker, and how much was in hand each time."""
@@ -527,6 +526,7 @@ def test_while_the_database_works_a_batch_more_is_taken_in_hand_and_no_more(
         store = Store(database.conninfo, Served())
         store.connect()
         seen.clear()
+        lock.enter_context(database.locked())
         item = Event("a", "device-1", 1, "temperature", 21.5, None, "C", None, "{}")
         assert insert(store, [item]) == [Outcome.STORED]
         store.close()
