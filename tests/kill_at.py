@@ -79,7 +79,7 @@ def after_replies(kill: Kill) -> None:
         answer(broker, replies, [])
         return die()
 
-    Broker._answer = answer_without_pubacks  # type: ignore[method-assign]
+    Broker._answer = answer_without_pubacks  # type: ignore[assignment, method-assign]
 
 
 def amid_pubacks(kill: Kill) -> None:
@@ -96,7 +96,7 @@ def amid_pubacks(kill: Kill) -> None:
         answer(broker, replies, to_puback[:last])
         return die()
 
-    Broker._answer = answer_in_part  # type: ignore[method-assign]
+    Broker._answer = answer_in_part  # type: ignore[assignment, method-assign]
 
 
 def after_puback(kill: Kill) -> None:
