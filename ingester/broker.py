@@ -162,6 +162,8 @@ class Connection(paho.Client):
         """Let paho handle a packet; it may close the connection."""
         self._packet = packet
         self.loop_read()
+        if self.want_write():  # what a callback sends, as SUBSCRIBE, is only queued by paho
+            self.loop_write()
 
     def send(self, packets: bytes) -> None:
         """Write packets by one call to the kernel; what it does not take is written later."""

@@ -136,7 +136,6 @@ def check_all_settled(pipeline: Pipeline, tap: Tap, device: Device, number: int)
     start(pipeline)
     assert device.ask(event("after"), qos=1)["status"] == "stored"
     last = tap.lines[-1]
-    assert len(last.passed("to_client", PUBLISH)) - len(last.passed("to_server", PUBACK)) <= 1
     assert [item.topic for item in last.passed("to_client", PUBLISH) if item.mid] == [TOPIC]
     assert not last.passed("to_client", PUBREL)
 
@@ -158,6 +157,18 @@ def test_what_waits_for_an_old_session_with_qos_2_is_settled_by_its_rules(
     assert "WARNING" not in pipeline.ingester.log()
 
 
+@contextmanager
+def received_and_locked(pipeline: Pipeline, tap: Tap) -> Iterator[None]:
+    """Start the ingester, and let it store what it receives when the block is left."""
+    tap.freeze()
+    pipeline.ingester.start()
+    pipeline.ingester.wait_for_log("Connected to Postgres")
+    with pipeline.database.locked():
+        tap.thaw()
+        pipeline.database.wait_blocked()
+        yield
+
+
 def test_messages_of_qos_2_that_are_redelivered_before_their_pubrec_are_the_same(
     pipeline: Pipeline,
 ) -> None:
@@ -165,19 +176,15 @@ def test_messages_of_qos_2_that_are_redelivered_before_their_pubrec_are_the_same
     subscribe_with_qos_2(pipeline)
     with tapped(pipeline) as tap, pipeline.device() as device:
         send_with_qos_2(device, number)
-        tap.freeze()
-        pipeline.ingester.start()
-        pipeline.ingester.wait_for_log("Connected to Postgres")
-        with pipeline.database.locked():
-            tap.thaw()
-            pipeline.database.wait_blocked()
+        with received_and_locked(pipeline, tap):
             tap.freeze(to_client=False)
         wait_until(lambda: pipeline.database.count() > 0, "the first rows")
         tap.cut()
         tap.thaw()
         check_all_settled(pipeline, tap, device, number)
         assert not tap.lines[0].passed("to_server", PUBREC)
-        assert len(tap.lines[1].passed("to_server", PUBREC)) == number
+        # The ingester may have tried before the line was thawed.
+        assert sum(len(line.passed("to_server", PUBREC)) for line in tap.lines) == number
 
 
 def test_a_pubrel_of_an_earlier_connection_is_answered(pipeline: Pipeline) -> None:
@@ -185,17 +192,20 @@ def test_a_pubrel_of_an_earlier_connection_is_answered(pipeline: Pipeline) -> No
     subscribe_with_qos_2(pipeline)
     with tapped(pipeline) as tap, pipeline.device() as device:
         send_with_qos_2(device, number)
-        is_cut = tap.cut_after(b"\x50\x02", "to_server")  # a PUBREC, and no PUBREL comes back
-        start(pipeline)
-        assert is_cut.wait(15)
+        with received_and_locked(pipeline, tap):
+            tap.freeze(to_server=False)
+        wait_until(lambda: len(tap.lines[0].passed("to_server", PUBREC)) > 0, "a PUBREC")
+        hear_all([device])  # the broker has read the ACKs, and so what is behind them
+        tap.cut()
+        tap.thaw()
         check_all_settled(pipeline, tap, device, number)
-        first, second = tap.lines[:2]
-        assert first.passed("to_server", PUBREC)
-        assert not first.passed("to_client", PUBREL)
-        released = {item.mid for item in second.passed("to_client", PUBREL)}
-        delivered = {item.mid for item in second.passed("to_client", PUBLISH)}
-        assert released - delivered  # known to the broker alone
-        assert {item.mid for item in second.passed("to_server", PUBCOMP)} == released
+        assert not tap.lines[0].passed("to_client", PUBREL)
+        later = tap.lines[1:]
+        released = {item.mid for line in later for item in line.passed("to_client", PUBREL)}
+        delivered = {item.mid for line in later for item in line.passed("to_client", PUBLISH)}
+        assert len(released - delivered) > number / 2  # known to the broker alone
+        completed = {item.mid for line in later for item in line.passed("to_server", PUBCOMP)}
+        assert completed == released
 
 
 # --- sent again over the same connection -------------------------------------------------

@@ -326,7 +326,19 @@ def test_what_is_read_ahead_may_end_at_any_place(pipeline: Pipeline, size: int) 
     assert connects(pipeline) == 1
 
 
-@pytest.mark.parametrize("what", MALFORMED)
+# Of packets that paho handles.
+NOT_FROM_A_BROKER = {
+    "a SUBACK without a code": b"\x90\x02\x00\x01",
+    "a SUBACK with a code that there is not": b"\x90\x04\x00\x01\x07\x00",
+    "a SUBACK of one byte": b"\x90\x01\x00",
+    "a CONNACK of one byte": b"\x20\x01\x00",
+    "a PINGRESP with something in it": b"\xd0\x01\x00",
+    "a CONNECT": b"\x10\x02\x00\x00",
+    "a packet type that there is not": b"\xf0\x00",
+}
+
+
+@pytest.mark.parametrize("what", [*MALFORMED, *NOT_FROM_A_BROKER])
 def test_a_connection_that_brings_what_is_not_mqtt_is_ended_and_made_anew(
     pipeline: Pipeline, what: str
 ) -> None:
@@ -342,7 +354,7 @@ def test_a_connection_that_brings_what_is_not_mqtt_is_ended_and_made_anew(
         line, _ = server.accept()
         with line:
             # MQTT 3.1.1, section 3.2: CONNACK, no session, accepted.
-            line.sendall(b"\x20\x02\x00\x00" + MALFORMED[what])
+            line.sendall(b"\x20\x02\x00\x00" + (MALFORMED | NOT_FROM_A_BROKER)[what])
             wait_until(somebody_connects, "another connection")
             assert broker.connection == 1
             assert broker.in_hand == 0

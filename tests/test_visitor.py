@@ -20,6 +20,7 @@ from tests.certificates import Authority
 from tests.device import event
 from tests.load import connects
 from tests.pipeline import Pipeline
+from tests.proxy import Flow, Proxy
 from tools.process import clean_environment, free_port, run
 from tools.stack import Mosquitto, Stack
 
@@ -103,6 +104,25 @@ def test_it_publishes_and_hears_and_leaves_nothing_behind(pipeline: Pipeline) ->
     # What a session leaves behind is written with its client id.
     pipeline.mosquitto.stop()
     assert b"visitor" not in (pipeline.mosquitto.folder / "data/mosquitto.db").read_bytes()
+
+
+class NotUtf8(Proxy):
+    """A proxy that spoils a topic."""
+
+    def _write(self, flow: Flow) -> None:
+        if flow.direction == "to_client":
+            flow.buffer[:] = flow.buffer.replace(b"device-1/events", b"devi\xffe-1/events")
+        super()._write(flow)
+
+
+def test_a_topic_that_is_not_utf_8_is_not_heard(pipeline: Pipeline) -> None:
+    with NotUtf8(pipeline.mosquitto.port) as proxy, pipeline.device() as device:
+        given = settings(pipeline, MQTT_PORT=str(proxy.port))
+        with Visitor(given, ["qs/v1/+/events"]) as visitor:
+            device.publish(event(1))
+            device.publish(event(1, "device-2"), topic="qs/v1/device-2/events")
+            (heard,) = visitor.receive(10)
+            assert heard.topic == "qs/v1/device-2/events"
 
 
 def test_it_is_there_beside_the_ingester(running: Pipeline) -> None:
