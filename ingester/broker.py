@@ -377,7 +377,6 @@ class Session:
         self._connack_by = float("inf")
         self._is_leaving = False  # we disconnect because we want to
         self.connection = 0
-        self.was_new = False
         self.in_flight = InFlight(0)
         self.unconfirmed: set[int] = set()  # packet ids of what we published, not PUBACKed yet
         self.dropped = DroppedCount()
@@ -523,17 +522,13 @@ class Session:
             self.availability.error = f"the broker refuses the connection: {reason_code}"
             return
         self.availability.accepted()
-        if self.connection == 0:
-            self.was_new = not flags.session_present
-        elif not flags.session_present:
+        if self.connection > 0 and not flags.session_present:
             log.warning("MQTT: %s", SESSION_LOST)
         self.connection += 1
         self.in_flight = InFlight(self.connection)
-        events = self._settings.topics.events
-        log.info("MQTT connected rc=%s; subscribing %s", reason_code, events)
         # At every connect: a kept session would hide that the topic was changed. QoS 1, not
         # 2, which costs two packets more for each event and keeps no more of them.
-        client.subscribe([(events, 1), (DROPPED_TOPIC, 0)])
+        client.subscribe([(self._settings.topics.events, 1), (DROPPED_TOPIC, 0)])
 
     def _on_subscribe(
         self, _client: Any, _user: Any, _mid: int, reason_codes: list[ReasonCode], _props: Any
@@ -541,8 +536,10 @@ class Session:
         # The other code is of a topic that is for information alone.
         if error := grant_problem(self._settings, reason_codes[:1]):
             self._drop(error, logging.ERROR)
-        else:
-            self.availability.up()
+            return
+        # Only now: who reads this may publish, and nothing of it is lost.
+        log.info("MQTT connected rc=Success; subscribing %s", self._settings.topics.events)
+        self.availability.up()
 
     def _on_disconnect(
         self, _client: Any, _user: Any, _flags: Any, _reason_code: Any, _props: Any
@@ -574,11 +571,6 @@ class Broker:
     def connection(self) -> int:
         """The number of the connection, another one at each connect."""
         return self._session.connection
-
-    @property
-    def session_was_new(self) -> bool:
-        """Whether the broker had no session for us at the first connect of this process."""
-        return self._session.was_new
 
     @property
     def dropped(self) -> int | None:

@@ -280,23 +280,6 @@ def test_a_broker_that_forgot_the_session_is_warned_of_once(running: Pipeline) -
         assert device.ask(event(1))["status"] == "stored"
 
 
-def test_it_is_known_whether_the_first_session_of_the_process_was_new(pipeline: Pipeline) -> None:
-    with session(pipeline) as broker:
-        assert broker.session_was_new
-    with session(pipeline) as broker:
-        assert not broker.session_was_new
-        pipeline.mosquitto.stop()
-        (pipeline.mosquitto.folder / "data/mosquitto.db").unlink()
-        pipeline.mosquitto.start()
-
-        def connected_again() -> bool:
-            broker.receive(1, 0.1)
-            return broker.connected and broker.connection == 2
-
-        wait_until(connected_again, "the second connection")
-        assert not broker.session_was_new  # it tells of the first one
-
-
 # --- a subscription that is not granted --------------------------------------------------
 
 
