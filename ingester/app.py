@@ -47,7 +47,7 @@ FINISH_SECONDS = 3.0
 HANG_SECONDS_MAX = 30.0
 # glibc by default asks a mute resolver for 10 s, two of them with a search domain for 40 s, and
 # nothing else is done meanwhile.
-RESOLVER_OPTIONS = "timeout:1 attempts:2"
+RESOLVER_OPTIONS = "timeout:1 attempts:1"
 
 
 class Daemon:
