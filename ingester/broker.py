@@ -91,7 +91,7 @@ class UnknownPaho(Exception):
     """The paho that is installed is not one that this module knows; the text is one line."""
 
 
-class Connection(paho.Client):
+class Client(paho.Client):
     """paho, and all that is needed of its private parts.
 
     paho connects, subscribes, pings and disconnects. It asks the kernel three times for each
@@ -369,7 +369,7 @@ class Session:
         """Raises UnknownPaho."""
         self._settings = settings
         self._where = f"{settings.mqtt_host}:{settings.mqtt_port}"
-        self._client = Connection(settings, last_will)
+        self._client = Client(settings, last_will)
         self._client.on_connect = self._on_connect
         self._client.on_subscribe = self._on_subscribe
         self._client.on_disconnect = self._on_disconnect

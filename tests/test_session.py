@@ -31,7 +31,7 @@ from ingester import broker as broker_module
 from ingester import decoder as decoder_module
 from ingester import event as event_module
 from ingester.app import Daemon
-from ingester.broker import Broker, Connection, Message
+from ingester.broker import Broker, Client, Message
 from ingester.event import Event
 from ingester.reply import Reply
 from ingester.settings import Settings
@@ -55,8 +55,8 @@ def test_paho_is_pinned_and_the_pinned_one_is_installed() -> None:
 def test_no_private_parts_of_paho_are_used_but_those_that_are_checked() -> None:
     client = paho.Client(CallbackAPIVersion.VERSION2)
     of_paho = {name for name in dir(client) if re.match("_[^_]", name)}
-    used = set(re.findall(r"(?:\.|def )(_[a-z]\w*)", inspect.getsource(Connection)))
-    assert used & of_paho == {*Connection.PRIVATE_METHODS, *Connection.PRIVATE_ATTRIBUTES}
+    used = set(re.findall(r"(?:\.|def )(_[a-z]\w*)", inspect.getsource(Client)))
+    assert used & of_paho == {*Client.PRIVATE_METHODS, *Client.PRIVATE_ATTRIBUTES}
     assert not re.findall(r"_client\._\w+", inspect.getsource(broker_module))
 
 
@@ -177,8 +177,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
         monkeypatch.setattr(owner, name, counted)
 
-    count(Connection, "read", lambda _: True)
-    count(paho.Client, "_sock_send", lambda client: isinstance(client, Connection))
+    count(Client, "read", lambda _: True)
+    count(paho.Client, "_sock_send", lambda client: isinstance(client, Client))
     count(_packet, "decode_puback", lambda _: True)
     return counter
 

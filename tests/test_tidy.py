@@ -23,10 +23,10 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 THIRD_PARTY = {"paho": "paho-mqtt", "psycopg2": "psycopg2-binary", "dotenv": "python-dotenv"}
 FUNCTION_LINES_MAX = 70
 COLUMNS_MAX = 100
-# Meant to be about 1,000. Of the rest, 230 are speed (Connection, mqtt.py, decoder.py), 130
-# are TLS and files of passwords with a clear line for whatever is wrong with them, 70 are
-# retention.
-DAEMON_LINES_MAX = 1_660
+# Meant to be 1,500, and to be brought there. What it has grown by with 0.4.0: 210 are reading what
+# is not JSON (payload.py), 290 are the connection to the database (connection.py), 100 are the
+# MQTT session; and of the rest 130 are TLS and files with a clear line for whatever is wrong.
+DAEMON_LINES_MAX = 2_440
 
 
 def git(*arguments: str) -> list[str]:
@@ -114,8 +114,8 @@ def test_only_the_broker_and_the_visitor_import_paho() -> None:
     assert importers("paho") == {"ingester/broker.py", "ingester/visitor.py"}
 
 
-def test_only_the_store_imports_psycopg2() -> None:
-    assert importers("psycopg2") == {"ingester/store.py"}
+def test_only_the_connection_imports_psycopg2() -> None:
+    assert importers("psycopg2") == {"ingester/connection.py"}
 
 
 def test_only_a_program_imports_dotenv() -> None:
