@@ -535,7 +535,6 @@ BAD_DATABASES: dict[str, tuple[dict[str, Any], str]] = {
         'server certificate for "db.example" does not match host name "localhost"',
     ),
     "another CA": ({}, UNVERIFIED),
-    "no root.crt": ({}, 'root certificate file "/nowhere/ca.crt" does not exist'),
 }
 
 
@@ -545,14 +544,14 @@ def test_a_database_whose_certificate_is_not_accepted(
 ) -> None:
     fields, expected = BAD_DATABASES[case]
     serve(encrypted.postgres, ca.issue("database", **fields))
-    root = {"another CA": other_ca.cert, "no root.crt": Path("/nowhere/ca.crt")}.get(case, ca.cert)
+    root = other_ca.cert if case == "another CA" else ca.cert
     ingester = with_database(pipeline, encrypted, root).ingester
     ingester.start()
     ingester.wait_for_log(AGAIN)
     ingester.wait_for_log("MQTT connected")  # and it goes on trying
     assert ingester.stop() == 0, ingester.log_tail()
     lines = [line.split(" ", 2)[2] for line in ingester.log().splitlines()]
-    assert [line for line in lines if "MQTT" not in line] == [
-        f"Postgres: {expected}{AGAIN}",
-        "stopped",
-    ]
+    says, last = [line for line in lines if "MQTT" not in line]
+    # Behind the address; there may be another one of localhost, where nobody answers.
+    assert f"127.0.0.1:{encrypted.postgres.port}): {expected}{AGAIN}" in says
+    assert last == "stopped"
