@@ -213,7 +213,11 @@ class Connection:
 
     def begin(self) -> None:
         """Begin a transaction, in which each statement checks its own constraints."""
-        self._execute(f"BEGIN; {self._local_pins}SET CONSTRAINTS ALL IMMEDIATE", ())
+        self._execute(
+            "BEGIN ISOLATION LEVEL READ COMMITTED;"
+            f" {self._local_pins}SET CONSTRAINTS ALL IMMEDIATE",
+            (),
+        )
         self.rows()
 
     def commit(self) -> None:

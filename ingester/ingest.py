@@ -9,7 +9,7 @@ given again: what was stored comes out as a duplicate, which gets the very same 
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from ingester.broker import Message
@@ -66,11 +66,11 @@ def ingest(
     """
     batch = decoder.take(messages)
     topics = decoder.topics
-    fresh = [event for item in batch if not item.message.retain for event in _events(item)]
+    fresh = _events(batch, retained=False)
     store.begin_insert(fresh)
     work_meanwhile()
     outcomes = store.finish_insert()
-    retained = [event for item in batch if item.message.retain for event in _events(item)]
+    retained = _events(batch, retained=True)
     found = [outcome or RETAINED for outcome in store.look_up(retained)]
 
     of_fresh, of_retained = iter(outcomes), iter(found)
@@ -95,8 +95,14 @@ def ingest(
     return Ingested(len(batch), received, outcomes + found, len(letters), replies)
 
 
-def _events(item: DecodedMessage) -> Iterator[Event]:
-    return (result for result in item.decoded.results if isinstance(result, Event))
+def _events(batch: Sequence[DecodedMessage], *, retained: bool) -> list[Event]:
+    return [
+        result
+        for item in batch
+        if item.message.retain is retained
+        for result in item.decoded.results
+        if isinstance(result, Event)
+    ]
 
 
 def _rejection(verdict: Outcome | Rejection, event_id: str) -> Rejection | None:
