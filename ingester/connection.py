@@ -147,6 +147,8 @@ class Connection:
         self._prepared = prepared
         self._connection: Any = None
         self._cursor: Any = None
+        # Whether the log has that we are connected; not each time while a person is waited for.
+        self._is_logged = False
         self._state = extensions.POLL_OK
         self._failure: StoreUnavailable | None = None  # for rows() to raise
         self._deadline = self._sent_at = self._served_at = 0.0
@@ -191,7 +193,9 @@ class Connection:
                 self.close()
                 problems.append(_summary(error, address))
             else:
-                log.info("Connected to Postgres")
+                if not self._is_logged:
+                    log.info("Connected to Postgres")
+                    self._is_logged = True
                 return
         raise StoreUnavailable("; ".join(problems))
 
@@ -280,6 +284,7 @@ class Connection:
         writing = [self._connection] if self._state == extensions.POLL_WRITE else []
         left_seconds = min(self._deadline, self._give_up_at) - time.monotonic()
         if left_seconds <= 0:
+            self._is_logged = False
             self.close()
             self._failure = StoreUnavailable("no answer in time")
             return
@@ -300,8 +305,11 @@ class Connection:
         fault, text = fault_of(error.pgcode), _summary(error)
         if error.pgcode in _LOST_STATEMENT:
             self._is_pooled = True
-        if fault in (Fault.CONNECTION, Fault.OPERATOR) or self._connection.closed:
+        if fault is Fault.OPERATOR:
             # A missing right or setting may have been given to new sessions only.
+            self.close()
+        elif fault is Fault.CONNECTION or self._connection.closed:
+            self._is_logged = False
             self.close()
         elif fault is Fault.EVENT:
             return StatementRefused(text, error.diag.column_name)

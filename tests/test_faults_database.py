@@ -37,6 +37,7 @@ def servers() -> Iterator[Stack]:
     with Stack(with_ingester=False, postgres_settings={"max_connections": "20"}) as stack:
         stack.postgres.psql("CREATE ROLE plain LOGIN PASSWORD 'plain'")
         stack.postgres.psql("GRANT SELECT, INSERT ON events, dead_letters TO plain")
+        stack.postgres.psql("GRANT UPDATE ON dead_letters TO plain")
         yield stack
 
 
