@@ -40,6 +40,7 @@ class Decoder:
         self.topics = topics
         self._default_tz = default_tz
         self._taken = 0
+        self._last: DecodedMessage | None = None
         # Of the messages behind those taken.
         self._ahead: deque[DecodedMessage] = deque()
         self._ahead_events = 0
@@ -82,6 +83,14 @@ class Decoder:
         return False
 
     def _decode(self, message: Message) -> DecodedMessage:
+        # A device that hears no answer, or does not understand it, sends the same again and again.
+        last = self._last
+        if last and (last.message.payload, last.message.topic) == (message.payload, message.topic):
+            return last._replace(message=message)
+        self._last = self._decode_anew(message)
+        return self._last
+
+    def _decode_anew(self, message: Message) -> DecodedMessage:
         device_id = self.topics.device_id(message.topic)
         if device_id is None:
             # A kept session still delivers what an earlier MQTT_EVENTS_TOPIC matched.

@@ -10,13 +10,14 @@ is not the contract.
 """
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from datetime import UTC, datetime, tzinfo
 from functools import cache, lru_cache
 from typing import Any, NamedTuple, TypeGuard
 
-from ingester.payload import NotJSONError, begins_array, event_ids, is_finite, parse
+from ingester.payload import NotJSONError, begins_array, event_ids, holds_numbers, parse
 from ingester.rejection import Reason, Rejection
 
 SCHEMA = 1
@@ -99,7 +100,7 @@ def decode(device_id: str, payload: bytes, default_tz: tzinfo) -> Decoded:
         # What is too large is looked at no further than what is not.
         head = payload[:PAYLOAD_BYTES_MAX]
         return _all_refused(refused, event_ids(head), begins_array(head), device_id)
-    result = _result if is_plain else _finite_result
+    result = _result if is_plain else _checked_result
     if not isinstance(document, list):
         return Decoded([result(document, device_id, default_tz)], False, False)
     if refused_array := _refused_array(document, device_id):
@@ -148,10 +149,10 @@ def _no_object(kind: str) -> Rejection:
     return Rejection(Reason.NOT_AN_OBJECT, f"expected an event object, got {kind}")
 
 
-def _finite_result(fields: Any, device_id: str, default_tz: tzinfo) -> Event | Rejection:
-    """Do the same where a number may be none."""
-    if isinstance(fields, dict) and not is_finite(fields):
-        name = next(name for name, value in fields.items() if not is_finite(value))
+def _checked_result(fields: Any, device_id: str, default_tz: tzinfo) -> Event | Rejection:
+    """Do the same where a number may be none, in a field that is ignored too."""
+    if isinstance(fields, dict) and not holds_numbers(fields):
+        name = next(name for name, value in fields.items() if not holds_numbers(value))
         return _rejection(_invalid(f"{_told(name)}: {_NUMBER_RULE}"), fields)
     return _result(fields, device_id, default_tz)
 
@@ -184,7 +185,7 @@ def _parse(payload: bytes) -> tuple[Any, bool]:
 
 
 # Made once: json.dumps() makes one at every call that is not to escape what is not ASCII.
-_TO_JSON = json.JSONEncoder(ensure_ascii=False)
+_TO_JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
 
 
 def _event(fields: dict[str, Any], device_id: str, default_tz: tzinfo) -> Event:
@@ -253,7 +254,13 @@ def _value(value: Any) -> tuple[float | None, str | None]:
             raise _invalid("value: holds U+0000 or half of a surrogate pair")
         return None, value
     if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value), None
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf
+        if math.isinf(number):
+            raise _invalid(f"value: {_NUMBER_RULE}")
+        return number, None
     raise _mistyped("value", "a number or a string", value)
 
 
@@ -281,7 +288,10 @@ def _meta(value: Any) -> str:
     # Before it is written, which costs more; and what is flat, as most are, need not be looked at.
     if not _CONTAINERS.isdisjoint(map(type, value.values())) and _nests_deeper(value):
         raise _invalid(f"meta: nested deeper than {META_NESTING_MAX} levels")
-    text = _TO_JSON.encode(value)
+    try:
+        text = _TO_JSON.encode(value)
+    except ValueError:  # an infinity
+        raise _invalid(f"meta: {_NUMBER_RULE}") from None
     if ("\\u0000" in text or not text.isprintable()) and _UNSTORABLE_JSON.search(text):
         raise _invalid("meta: a string holds U+0000 or half of a surrogate pair")
     return text

@@ -1,9 +1,9 @@
 """The text of a payload: from bytes to a JSON document, and what can be read of one that is none.
 
 What it does: parses, forgives what is harmless (a byte order mark, terminating NUL bytes),
-reads a number that is not one as NaN, so that it costs one event and not the whole payload, and
-finds the event ids in a text that is not JSON. What it does not: know what an event is, but
-that it is an object with an `event_id`.
+marks a number that is not one, so that it costs one event and not the whole payload, and finds
+the event ids in a text that is not JSON. What it does not: know what an event is, but that it is
+an object with an `event_id`.
 
 Invariant: the time is proportional to the bytes, whatever they are, and no answer depends on
 how deep the stack is. What is valid is parsed once, by the C decoder, and nothing else is done
@@ -46,11 +46,15 @@ _COMPACT = _table(b'[]{},:"', b"x")
 _STEPS = bytes({0x5B: 1, 0x7B: 1, 0x5D: 255, 0x7D: 255}.get(code, 0) for code in range(256))
 
 # As C's printf, Python, JavaScript and Arduino's Print write them, where a value stands.
-_NOT_A_NUMBER = re.compile(
+_SPELLED_OUT = re.compile(
     rb"[-+iInNoO](?<=[\[,:\s].)"  # first, as re is quick to find one of a set
     rb"(?:(?<=[-+])(?:nan|inf|infinity|ovf)|(?<=n)an|(?<=i)nf(?:inity)?|(?<=o)vf)(?=[\s,\]}])",
     re.IGNORECASE,
 )
+
+
+# What parse() returns in place of a number that is not one.
+NOT_A_NUMBER = object()
 
 
 class NotJSONError(ValueError):
@@ -58,9 +62,10 @@ class NotJSONError(ValueError):
 
 
 def parse(payload: bytes) -> tuple[Any, bool]:
-    """Return the document, and whether it is plain JSON: if not, there may be a NaN in it.
+    """Return the document, and whether it is plain JSON: if not, NOT_A_NUMBER may be in it.
 
-    Raises NotJSONError and UnicodeDecodeError.
+    A number that is too large for a double is an infinity in any case. Raises NotJSONError and
+    UnicodeDecodeError.
     """
     text = payload.decode("utf-8")
     try:
@@ -90,16 +95,16 @@ def _parse_repaired(data: bytes, fault: Exception) -> tuple[Any, bool]:
         raise NotJSONError(told or error.msg) from None
     except RecursionError:  # brackets that do not match
         raise NotJSONError("brackets are not closed") from None
-    if isinstance(document, float) and math.isnan(document):
-        raise NotJSONError("a number that is not finite is not JSON")
+    if document is NOT_A_NUMBER:
+        raise NotJSONError("a number that is not one is not JSON")
     return document, False
 
 
-def is_finite(document: Any) -> bool:
-    """Tell whether no NaN is in the document that parse() returned, or in this part of it."""
+def holds_numbers(document: Any) -> bool:
+    """Tell whether NOT_A_NUMBER is nowhere in what parse() returned, or in this part of it."""
     try:
-        _FINITE_TO_JSON.encode(document)
-    except ValueError:
+        _TO_JSON.encode(document)
+    except TypeError:
         return False
     return True
 
@@ -131,38 +136,21 @@ def _trimmed(payload: bytes) -> bytes:
     return payload.removeprefix(_BYTE_ORDER_MARK).rstrip(b"\0")
 
 
-def _integer(text: str) -> int:
-    if len(text) > 308 and math.isinf(float(text)):
-        raise ValueError("a number overflows a double")
-    return int(text)
-
-
-def _finite(text: str) -> float:
-    number = float(text)
-    if math.isinf(number):
-        raise ValueError("a number overflows a double")
-    return number
-
-
 def _constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-def _integer_or_nan(text: str) -> int | float:
-    return math.nan if len(text) > 308 and math.isinf(float(text)) else int(text)
+def _integer(text: str) -> int | float:
+    try:
+        return int(text)
+    except ValueError:  # over 4,300 digits
+        return math.copysign(math.inf, float(text))
 
 
-def _finite_or_nan(text: str) -> float:
-    number = float(text)
-    return math.nan if math.isinf(number) else number
-
-
-# Made once: json.loads() makes one at every call with arguments like these.
-_STRICT = json.JSONDecoder(parse_int=_integer, parse_float=_finite, parse_constant=_constant)
-_MARKING = json.JSONDecoder(
-    parse_int=_integer_or_nan, parse_float=_finite_or_nan, parse_constant=lambda _: math.nan
-)
-_FINITE_TO_JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
+# Made once: json.loads() and json.dumps() make one at every call with arguments like these.
+_STRICT = json.JSONDecoder(parse_constant=_constant)
+_MARKING = json.JSONDecoder(parse_int=_integer, parse_constant=lambda _: NOT_A_NUMBER)
+_TO_JSON = json.JSONEncoder()
 
 
 def _hidden(data: bytes) -> bytes:
@@ -201,7 +189,7 @@ def _repaired(data: bytes) -> bytes:
             data = flat
             parts = _hidden(data).split(b'"')
             outside = b'"'.join(parts[::2])
-    with_nan = _NOT_A_NUMBER.sub(b"NaN", outside)
+    with_nan = _SPELLED_OUT.sub(b"NaN", outside)
     if with_nan == outside:
         return data
     parts[::2] = with_nan.split(b'"')

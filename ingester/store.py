@@ -97,9 +97,11 @@ class Store:
         """`database` is what libpq is told; `session` is served while the database works."""
         self._connection = Connection(database, session, _PREPARED)
         self._rows_max = ROWS_MAX
-        # What begin_insert() was given, by event_id, and how many of it are on their way.
+        # What begin_insert() was given, by event_id, and how many of it are on their way; and
+        # of what it was given twice, which one is the first.
         self._begun: list[tuple[int, Event]] = []
         self._sent = 0
+        self._repeats: dict[int, int] = {}
 
     @property
     def connected(self) -> bool:
@@ -134,9 +136,16 @@ class Store:
 
     def begin_insert(self, events: Sequence[Event]) -> None:
         """Send the events, or the first of them; finish_insert() waits for the answer."""
+        first: dict[int, int] = {}
+        self._repeats = {
+            number: first[id(event)]
+            for number, event in enumerate(events)
+            if first.setdefault(id(event), number) != number
+        }
+        items = [item for item in enumerate(events) if item[0] not in self._repeats]
         # Sorted, because two writers that take the same keys in other orders deadlock.
-        self._begun = sorted(enumerate(events), key=lambda item: item[1].event_id)
-        self._sent = min(len(events), self._rows_max)
+        self._begun = sorted(items, key=lambda item: item[1].event_id)
+        self._sent = min(len(items), self._rows_max)
         if self._sent:
             self._send(self._begun[: self._sent])
 
@@ -150,7 +159,8 @@ class Store:
         Several may share an id: the first of them that can be stored is, and the others are
         compared with it. One that the database refuses is a Rejection (not_storable).
         """
-        outcomes: list[Outcome | Rejection | None] = [None] * len(self._begun)
+        outcomes: list[Outcome | Rejection | None]
+        outcomes = [None] * (len(self._begun) + len(self._repeats))
         # Twice: what is neither stored nor there may have been deleted between the two
         # statements, or stand behind another one of the same id that was not stored.
         for _ in range(2):
@@ -174,6 +184,9 @@ class Store:
                 break
         for number, event in self._begun:
             outcomes[number] = Rejection(Reason.NOT_STORABLE, DROPPED, event.event_id)
+        for number, first in self._repeats.items():
+            is_stored = outcomes[first] is Outcome.STORED
+            outcomes[number] = Outcome.DUPLICATE if is_stored else outcomes[first]
         return [outcome for outcome in outcomes if outcome is not None]
 
     def look_up(self, events: Sequence[Event]) -> list[Outcome | None]:

@@ -186,6 +186,18 @@ def test_a_refused_event_is_found_in_few_statements(servers: Any, database: Data
     assert 2 * 7 <= len(statements) <= 4 * 7  # and not 128
 
 
+def test_the_very_same_event_given_twice_has_one_row_and_an_outcome_for_each(
+    store: Store, database: Database
+) -> None:
+    """The decoder gives it again where the same bytes come again."""
+    database.query("ALTER TABLE events ADD CHECK (value_num < 1000)")
+    good, bad = make("good"), make("bad", value_num=5000.0)
+    outcomes = insert(store, [bad, good, bad, good, make("good"), make("good", unit="F")])
+    assert refused(outcomes[0]) == refused(outcomes[2])
+    assert [outcomes[1], *outcomes[3:]] == [STORED, DUPLICATE, DUPLICATE, CONFLICT]
+    assert insert(store, [good, good]) == [DUPLICATE, DUPLICATE]
+
+
 def test_what_another_writer_commits_meanwhile_is_a_duplicate(
     store: Store, database: Database
 ) -> None:
