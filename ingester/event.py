@@ -301,14 +301,14 @@ def _nests_deeper(meta: dict[str, Any]) -> bool:
     # Level by level and not recursively: the depth is the device's to choose.
     level: list[Any] = [meta]
     for _ in range(META_NESTING_MAX):
-        below: list[Any] = []
-        for node in level:
-            children = node.values() if type(node) is dict else node
-            if not _CONTAINERS.isdisjoint(map(type, children)):
-                below += [child for child in children if type(child) in _CONTAINERS]
-        if not below:
+        level = [
+            child
+            for node in level
+            for child in (node.values() if type(node) is dict else node)
+            if type(child) in _CONTAINERS
+        ]
+        if not level:
             return False
-        level = below
     return True
 
 

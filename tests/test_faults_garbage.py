@@ -152,6 +152,10 @@ QUICK = {
 }
 
 
+# Equal ones are decoded once, and are one row: of whatever kind, it is the same work.
+EQUAL = ("1,000 ones", "events nested 85 deep", "brackets", "20 strings of 12 kB")
+
+
 def cases() -> list[object]:
     return [
         pytest.param(
@@ -162,6 +166,7 @@ def cases() -> list[object]:
         )
         for kind in GARBAGE
         for variety in ("distinct", "equal")
+        if variety == "distinct" or kind in EQUAL
     ]
 
 
@@ -247,7 +252,7 @@ def test_garbage_in_front_of_another_device_costs_it_neither_memory_nor_time(
     # What is accepted or refused must not hang on how deep the stack happens to be.
     assert len({ack["reason"] for ack in rejected}) == 1
     messages = len(cost.tries) * MESSAGES if is_distinct else 1
-    assert steady.database.count("dead_letters") == messages * garbage.kept
+    steady.database.wait_count("dead_letters", messages * garbage.kept, 60)
     cost.check()
 
 
