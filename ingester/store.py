@@ -222,7 +222,8 @@ class Store:
                 self._sent = 0
                 inserted.update(row[0] for row in self._connection.rows())
             except StatementTimeout:
-                self._rows_max = max(1, len(part) // 2)
+                if len(part) > 1:  # otherwise it is not their number
+                    self._rows_max = len(part) // 2
                 raise
             except StatementRefused as error:
                 if error.column and error.column not in Event._fields:
