@@ -248,7 +248,9 @@ class Connection:
     def _execute(self, sql: str, values: Sequence[Any]) -> None:
         if not self.connected:
             raise StoreUnavailable("not connected")
-        self._sent_at = self._served_at = time.monotonic()
+        # Here too: of many short statements in a row, none waits for as long as that.
+        self._serve_if_due()
+        self._sent_at = time.monotonic()
         self._deadline = self._sent_at + ANSWER_SECONDS_MAX
         try:
             self._cursor = self._connection.cursor()
@@ -293,12 +295,19 @@ class Connection:
         )
         if self._connection in readable or writable:
             self._poll()
-        elif self._session and (readable or self._is_serving_due()):
+        elif readable:
+            self._serve()
+        else:
+            self._serve_if_due()
+
+    def _serve_if_due(self) -> None:
+        if time.monotonic() - self._served_at >= SERVE_SECONDS:
+            self._serve()
+
+    def _serve(self) -> None:
+        if self._session:
             self._served_at = time.monotonic()
             self._session.serve()
-
-    def _is_serving_due(self) -> bool:
-        return time.monotonic() - self._served_at >= SERVE_SECONDS
 
     def _failed(self, error: psycopg2.Error) -> StoreUnavailable:
         """Return what to raise for the error; close what is of no use any more."""
@@ -320,9 +329,8 @@ class Connection:
     # --- connecting --------------------------------------------------------------------
 
     def _open(self, address: Mapping[str, Any], seconds_max: float) -> None:
-        if self._session:
-            self._session.serve()  # what is to be written there, does not wait for this
-        self._sent_at = self._served_at = time.monotonic()
+        self._serve()  # what is to be written there does not wait for this
+        self._sent_at = time.monotonic()
         self._deadline = self._sent_at + seconds_max
         # Asynchronous, as psycopg2 calls it: it returns at once, and _step() does the rest.
         self._connection = psycopg2.connect(

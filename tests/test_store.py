@@ -7,6 +7,7 @@ import re
 import socket
 import statistics
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
@@ -460,6 +461,17 @@ def test_while_it_waits_the_other_session_is_served_even_if_it_has_nothing_to_re
         lock.enter_context(database.locked())
         other_session.act_at(2, lock.close)
         assert insert(busy_store, [make("a")]) == [STORED]
+
+
+def test_between_many_short_statements_the_other_session_is_served_as_well(
+    database: Database, busy_store: Store, other_session: OtherSession
+) -> None:
+    """Finding refused rows can take minutes, and the broker ends a session that says nothing."""
+    other_session.served = 0
+    began_at = time.monotonic()
+    while other_session.served < 2 and time.monotonic() - began_at < 10:
+        busy_store.ping()
+    assert other_session.served == 2
 
 
 def test_an_answer_is_taken_at_once_even_if_the_other_session_always_has_more(
