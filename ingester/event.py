@@ -298,6 +298,16 @@ def _meta(value: Any) -> str:
 
 
 def _nests_deeper(meta: dict[str, Any]) -> bool:
+    # What is absurdly deep is mostly one in the other and nothing beside: a third of the time.
+    node: Any = meta
+    for _ in range(META_NESTING_MAX):
+        if len(node) != 1:
+            break
+        (node,) = node.values() if type(node) is dict else node
+        if type(node) not in _CONTAINERS:
+            return False
+    else:
+        return True
     # Level by level and not recursively: the depth is the device's to choose.
     level: list[Any] = [meta]
     for _ in range(META_NESTING_MAX):

@@ -26,7 +26,7 @@ COLUMNS_MAX = 100
 # Meant to be 1,500, and to be brought there. What it has grown by with 0.4.0: 210 are reading what
 # is not JSON (payload.py), 290 are the connection to the database (connection.py), 100 are the
 # MQTT session; and of the rest 130 are TLS and files with a clear line for whatever is wrong.
-DAEMON_LINES_MAX = 2_480
+DAEMON_LINES_MAX = 2_490
 
 
 def git(*arguments: str) -> list[str]:
