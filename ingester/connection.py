@@ -383,10 +383,9 @@ def _pin(name: str, setting: str, reset: str) -> str:
     """Return what to set, knowing what is set, and what would be without this session."""
     if name == "synchronous_commit" and "remote_apply" in (setting, reset):
         return "remote_apply"
-    if name == "search_path" and PINS[name] not in reset.split(", "):
-        return ", ".join(filter(None, (reset, PINS[name])))
     if name == "search_path":
-        return reset
+        schemas = reset.split(", ") if reset else []
+        return reset if PINS[name] in schemas else ", ".join([*schemas, PINS[name]])
     return PINS[name]
 
 

@@ -1,8 +1,7 @@
 """The table of dead letters as a person needs it: to look into, to replay, to empty.
 
 What it does: the SQL for that, and the replay of one dead letter through ingest(); one that
-came many times is replayed once. What it
-does not: print, or choose.
+came many times is replayed once. What it does not: print, or choose.
 
 Invariant: a row is marked `stored` only after each event in it is a committed row of
 `events` and the broker has PUBACKed the ACK. Whatever ends a replay before, another one

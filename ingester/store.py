@@ -16,7 +16,6 @@ where some of many rows are refused, there is a transaction: of finding them and
 
 import hashlib
 import json
-import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from enum import Enum
@@ -32,8 +31,6 @@ from ingester.connection import (
 )
 from ingester.event import Event
 from ingester.rejection import DeadLetter, Reason, Rejection
-
-log = logging.getLogger(__name__)
 
 # Rows of one statement, at first and at most: more than a batch has (settings.py and
 # decoder.py bound it). Where so many take too long, it is halved until they do not.
