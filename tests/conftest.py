@@ -7,6 +7,7 @@ not: replace anything by a mock.
 Invariant: nothing that a test started is running after it.
 """
 
+import dataclasses
 import itertools
 import signal
 import sys
@@ -29,7 +30,7 @@ from tools.stack import Mosquitto, Stack  # noqa: E402
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _number = itertools.count()
-_findings: list[Finding] = []
+_findings: list[tuple[str, int, int, Finding]] = []  # with the file, line and turn, to sort by
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -46,6 +47,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "servers" in getattr(item, "fixturenames", ()):
             item.add_marker("services")
+        if item.get_closest_marker("compose"):  # names and ports are fixed: one worker has all
+            item.add_marker(pytest.mark.xdist_group("compose"))
     if not config.getoption("--faults"):
         left_out = [item for item in items if item.get_closest_marker("faults")]
         items[:] = [item for item in items if item not in left_out]
@@ -53,18 +56,29 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture
-def report() -> Callable[[Finding], None]:
+def report(request: pytest.FixtureRequest) -> Callable[[Finding], None]:
     """Add a finding to the table at the end of the run."""
-    return _findings.append
+    properties = request.node.user_properties  # what a worker's report takes along
+    return lambda finding: properties.append(("finding", dataclasses.astuple(finding)))
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Collect the findings of a test that has run, here or in a worker."""
+    if report.when == "call":
+        file, line, _ = report.location
+        for turn, (name, value) in enumerate(report.user_properties):
+            if name == "finding" and isinstance(value, tuple):
+                _findings.append((file, line or 0, turn, Finding(*value)))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Print the table of faults, and keep it if that was asked for."""
     if _findings:
+        text = table(finding for *_, finding in sorted(_findings, key=lambda found: found[:3]))
         terminalreporter.section("faults: what was sent, and what was found")
-        terminalreporter.line(table(_findings))
+        terminalreporter.line(text)
         if terminalreporter.config.getoption("--write-faults"):
-            write_into(CHECKOUT / "tests/FAULTS.md", table(_findings))
+            write_into(CHECKOUT / "tests/FAULTS.md", text)
 
 
 @pytest.fixture(scope="session")
