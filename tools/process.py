@@ -29,8 +29,8 @@ from typing import Any
 CHECKOUT = Path(__file__).resolve().parent.parent
 LOOPBACK = "127.0.0.1"
 # For the broker. Usual is 1,024, and a connection takes one. Not without a limit: its websockets
-# allocate some bytes for each that is allowed, which on some machines are a thousand million.
-OPEN_FILES = 65_536
+# allocate some bytes for each that is allowed, and some systems allow a thousand million.
+OPEN_FILES = 16_384
 Account = pwd.struct_passwd
 
 
