@@ -161,11 +161,9 @@ def _move_part(source: Path, target: Path) -> None:
         _delete(copy)
         raise StackError(f"{error}\nThe data is still in {source.parent}.") from None
     # Each step is on the disk before the next: a power cut must find what _recover() knows.
-    os.sync()
-    source.rename(moved)
-    os.sync()
-    copy.rename(target)
-    os.sync()
+    _sync_tree(copy)
+    _rename(source, moved)
+    _rename(copy, target)
     _delete(moved)
 
 
@@ -174,14 +172,37 @@ def _recover(source: Path, target: Path) -> None:
     moved, copy = _beside(source, target)
     if moved.exists():
         if copy.exists() and not target.exists():
-            copy.rename(target)
-            os.sync()
+            _rename(copy, target)
         if target.exists():
             _delete(moved)
         else:
             moved.rename(source)
     elif copy.exists():
         _delete(copy)
+
+
+def _sync(path: str | Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sync_tree(path: Path) -> None:
+    if path.is_file():
+        _sync(path)
+    for folder, _, names in os.walk(path):
+        for file in (os.path.join(folder, name) for name in names):
+            if not os.path.islink(file):
+                _sync(file)
+        _sync(folder)
+    _sync(path.parent)
+
+
+def _rename(source: Path, target: Path) -> None:
+    source.rename(target)
+    _sync(target.parent)
 
 
 def _delete(path: Path) -> None:

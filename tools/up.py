@@ -156,12 +156,12 @@ def follow(stack: Stack, logs: LogPrinter) -> None:
             stack.ingester.start()
 
 
-def notify(state: str) -> None:
-    """Tells systemd, if a unit of it runs this (sd_notify(3))."""
+def tell_systemd() -> None:
+    """Tells a unit of systemd, if one runs this, that it is ready (sd_notify(3))."""
     if address := os.environ.get("NOTIFY_SOCKET"):
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
             systemd.connect("\0" + address[1:] if address.startswith("@") else address)
-            systemd.sendall(state.encode())
+            systemd.sendall(b"READY=1")
 
 
 # --- the commands --------------------------------------------------------------------
@@ -183,12 +183,11 @@ def up(offset: int, fresh: bool) -> None:
             logs = LogPrinter(stack.mosquitto, stack.postgres, stack.ingester)
             logs.print_new()
             describe(stack, settings, offset)
-            notify("READY=1")
+            tell_systemd()
             try:
                 follow(stack, logs)
             except KeyboardInterrupt:
                 say("", "Stopping the ingester, PostgreSQL and Mosquitto.")
-                notify("STOPPING=1")
                 stack.stop()
                 logs.print_new()
 
