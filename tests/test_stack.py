@@ -193,6 +193,9 @@ def test_it_is_for_the_callers_folder_and_says_what_is_wrong(up: Up, tmp_path: P
     (tmp_path / "tools/__init__.py").write_text("raise SystemExit('the wrong one')")
     command = [str(CHECKOUT / "tools/stack"), "exec", "sh", "-c", "pwd; echo $PGDATABASE"]
     assert run(command, up.environment, cwd=tmp_path) == f"{tmp_path}\nqs"
+    words = ("--port-offset", "7", "sh", "-c", "echo $MQTT_PORT $PGPORT")
+    moved = [int(up.environment[variable]) + 7 for variable in ("MQTT_PORT", "POSTGRES_PORT")]
+    assert up.execute(*words) == "{} {}".format(*moved)
     code, said = ends("exec", "no-such-program", environment=up.environment)
     assert (code, said) == (2, "tools/stack: no-such-program is not installed\n")
     assert ends("exec", environment=up.environment)[0] == 2
@@ -464,14 +467,14 @@ def test_the_folder_is_of_the_system_for_root_and_of_the_user_for_others(
 ) -> None:
     for variable in ("STATE_DIRECTORY", "XDG_DATA_HOME"):
         monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setenv("HOME", "/home/somebody")
+    monkeypatch.setenv("HOME", "/users/somebody")
     with monkeypatch.context() as patch:
         patch.setattr(os, "geteuid", lambda: 0)
         assert storage.data_folder() == Path("/var/lib/homelab-telemetry")
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
-    assert storage.data_folder() == Path("/home/somebody/.local/share/homelab-telemetry")
+    assert storage.data_folder() == Path("/users/somebody/.local/share/homelab-telemetry")
     monkeypatch.setenv("XDG_DATA_HOME", "not/absolute")
-    assert storage.data_folder() == Path("/home/somebody/.local/share/homelab-telemetry")
+    assert storage.data_folder() == Path("/users/somebody/.local/share/homelab-telemetry")
     monkeypatch.setenv("XDG_DATA_HOME", "/data")
     assert storage.data_folder() == Path("/data/homelab-telemetry")
     monkeypatch.setenv("STATE_DIRECTORY", "/var/lib/given")
