@@ -1,0 +1,493 @@
+// The store: which files there are, and in which order they change, so that the power may end
+// anywhere.
+//
+//   0  identity   salt and boot; replaced at each boot, before an id of that boot is used
+//   1  dropped    runs of lost events that no event tells of yet; written before they are removed
+//   2...          events, up to kBatchMax in a file; never changed, only removed, or merged
+//
+// A file that replaces others is written before they are removed. Cut in between, an event is there
+// twice, with the same bytes, and is answered `stored` twice.
+#include <string.h>
+
+#include "Outbox.h"
+#include "Record.h"
+
+namespace homelab {
+namespace {
+
+constexpr uint32_t kIdentity = 0;
+constexpr uint32_t kDropped = 1;
+constexpr uint32_t kFirstFile = 2;
+// Beyond it there is no next number: such a file is not ours.
+constexpr uint32_t kLastFile = UINT32_MAX - 1;
+constexpr uint32_t kStorePauseMs = 10000;
+// One block of most flash file systems, with room for what they add.
+constexpr size_t kFileBytesMax = 4000;
+constexpr size_t kRunBytes = 16;
+
+constexpr size_t kRunsMax = 16;
+
+uint32_t checkOf(const Resume& resume) {
+  uint8_t bytes[12];
+  put32(bytes, resume.salt);
+  put32(bytes + 4, resume.boot);
+  put32(bytes + 8, resume.sequence);
+  return crc32(bytes, sizeof bytes);
+}
+
+bool isPowerCutRemnant(int32_t read) { return read == 0; }
+
+}  // namespace
+
+void writeFileName(uint32_t number, char (&into)[kFileNameBytes]) {
+  for (int i = 7; i >= 0; i--, number >>= 4) into[i] = "0123456789abcdef"[number & 15];
+  into[8] = '\0';
+}
+
+bool parseFileName(const char* name, uint32_t& number) {
+  number = 0;
+  size_t i = 0;
+  for (; name[i] != '\0' && i < kFileNameBytes; i++) {
+    const char* const digit = strchr("0123456789abcdef", name[i]);
+    if (digit == nullptr) return false;
+    number = number << 4 | static_cast<uint32_t>(digit - "0123456789abcdef");
+  }
+  return i == kFileNameBytes - 1;
+}
+
+// --- begin ------------------------------------------------------------------------------
+
+// What countFile() works with. Files are removed after the listing, not while it runs.
+struct Outbox::Scan {
+  Outbox* outbox;
+  uint32_t doomed[16];
+  size_t doomed_count;
+};
+
+void Outbox::beginStore() {
+  store_good_ = store_ != nullptr && store_->begin();
+  if (store_ != nullptr && !store_good_) store_errors_++;
+  if (!store_good_) return;
+  tail_ = kFirstFile - 1;
+  readRuns();
+  Scan scan;
+  scan.outbox = this;
+  scan.doomed_count = 0;
+  if (!store_->list(countFile, &scan)) storeFailed();
+  for (size_t i = 0; i < scan.doomed_count; i++) store_->remove(scan.doomed[i]);
+}
+
+void Outbox::countFile(uint32_t number, void* context) {
+  Scan& scan = *static_cast<Scan*>(context);
+  Outbox& self = *scan.outbox;
+  if (number < kFirstFile || number > kLastFile) return;
+  if (number > self.tail_) self.tail_ = number;
+  uint32_t offset = 0;
+  size_t size = 0, count = 0;
+  bool noted = true, foreign = false;
+  while (self.readRecord(number, offset, self.packet_, self.packet_bytes_, size)) {
+    Key key;
+    if (keyOf(self.device_id_, reinterpret_cast<const char*>(self.packet_), size, key)) {
+      count++;
+      noted = noted && self.isNoted(key);
+    } else {
+      foreign = true;
+    }
+    offset += static_cast<uint32_t>(kRecordHeadBytes + size);
+  }
+  uint8_t more[1];
+  const int32_t left = self.store_->read(number, offset, more, sizeof more);
+  const bool empty = offset == 0 && isPowerCutRemnant(left);
+  if (empty || (count > 0 && noted)) {  // to drop it was begun, and is done now
+    if (scan.doomed_count < 16) scan.doomed[scan.doomed_count++] = number;
+    return;
+  }
+  if (left != 0 || foreign) self.damaged_++;
+  // One that holds more than can be sent waits for a program that can.
+  if (count == 0 || size > 0) return;
+  self.files_++;
+  self.kept_ += count;
+}
+
+void Outbox::beginBoot() {
+  uint8_t identity[kRecordHeadBytes + 8];
+  const bool resumes = resume_ != nullptr && resume_->check == checkOf(*resume_) && resume_->boot > 0;
+  salt_ = nextRandom();
+  boot_ = 1;
+  if (!store_good_) {
+    if (resumes) {
+      salt_ = resume_->salt;
+      boot_ = resume_->boot;
+      sequence_ = resume_->sequence;
+    }
+    return;
+  }
+  const int32_t read = store_->read(kIdentity, 0, identity, sizeof identity);
+  if (read == static_cast<int32_t>(sizeof identity) && isRecord(identity, sizeof identity)) {
+    const uint32_t salt = get32(identity + kRecordHeadBytes);
+    const uint32_t boot = get32(identity + kRecordHeadBytes + 4);
+    if (resumes && resume_->salt == salt && resume_->boot == boot) {
+      salt_ = salt;
+      boot_ = boot;
+      sequence_ = resume_->sequence;
+      return;
+    }
+    if (boot < UINT32_MAX) {
+      salt_ = salt;
+      boot_ = boot + 1;
+    }
+  }
+  put32(identity + kRecordHeadBytes, salt_);
+  put32(identity + kRecordHeadBytes + 4, boot_);
+  sealRecord(identity, 8, 0);
+  if (store_->write(kIdentity, identity, sizeof identity) == Store::Result::kDone) return;
+  // This boot could not be counted, so the next one would have its number: another salt.
+  store_errors_++;
+  salt_ = nextRandom();
+  boot_ = 1;
+}
+
+void Outbox::rememberResume() {
+  if (resume_ == nullptr) return;
+  resume_->salt = salt_;
+  resume_->boot = boot_;
+  resume_->sequence = sequence_;
+  resume_->check = checkOf(*resume_);
+}
+
+// --- reading ----------------------------------------------------------------------------
+
+bool Outbox::storeUsable() const { return storeWorks() && store_failed_ms_ == 0; }
+
+uint32_t Outbox::nowOrOne() const { return now_ms_ != 0 ? now_ms_ : 1; }
+
+// Reading or removing failed.
+void Outbox::storeFailed() {
+  store_errors_++;
+  store_failed_ms_ = nowOrOne();
+}
+
+void Outbox::tryStoreAgain() {
+  if (store_failed_ms_ != 0 && now_ms_ - store_failed_ms_ >= kStorePauseMs) store_failed_ms_ = 0;
+  if (write_failed_ms_ != 0 && now_ms_ - write_failed_ms_ >= kStorePauseMs) write_failed_ms_ = 0;
+  // What is told in memory only is still noted in the store.
+  if (runs_told_ && ram_count_ == 0 && storeUsable()) {
+    runs_told_ = false;
+    writeRuns();
+  }
+}
+
+// Return the least number of a file of events from `from` on, or 0.
+uint32_t Outbox::nextFile(uint32_t from) {
+  struct Least {
+    uint32_t from;
+    uint32_t found;
+  } least = {from < kFirstFile ? kFirstFile : from, 0};
+  const auto look = [](uint32_t number, void* context) {
+    Least& best = *static_cast<Least*>(context);
+    if (number < best.from || number > kLastFile) return;
+    if (best.found == 0 || number < best.found) best.found = number;
+  };
+  if (!store_->list(look, &least)) storeFailed();
+  return least.found;
+}
+
+// Read the event of the record at `offset`. False with its size if that is more than `capacity`;
+// false with 0 at the end of the file, and where there is no record.
+bool Outbox::readRecord(uint32_t number, uint32_t offset, uint8_t* into, size_t capacity,
+                        size_t& size) {
+  uint8_t head[kRecordHeadBytes];
+  size = 0;
+  if (store_->read(number, offset, head, sizeof head) != static_cast<int32_t>(sizeof head)) {
+    return false;
+  }
+  const size_t said = recordSize(head);
+  if (said > capacity) {
+    size = said;
+    return false;
+  }
+  const uint32_t at = offset + static_cast<uint32_t>(kRecordHeadBytes);
+  if (said == 0 || store_->read(number, at, into, said) != static_cast<int32_t>(said)) return false;
+  if (get32(head) != (crc32(into, said) ^ static_cast<uint32_t>(said))) return false;
+  size = said;
+  return true;
+}
+
+// Read the whole file if it fits, and is whole; return how many records it has, else 0.
+size_t Outbox::readFile(uint32_t number, uint8_t* into, size_t capacity, size_t& bytes) {
+  const int32_t read = store_->read(number, 0, into, capacity);
+  uint8_t more[1];
+  if (read <= 0 || store_->read(number, static_cast<uint32_t>(read), more, 1) != 0) return 0;
+  bytes = static_cast<size_t>(read);
+  size_t count = 0;
+  for (size_t at = 0; at < bytes; at += kRecordHeadBytes + recordSize(into + at)) {
+    if (!isRecord(into + at, bytes - at)) return 0;
+    count++;
+  }
+  return count;
+}
+
+bool Outbox::loadFromStore() {
+  if (!storeUsable() || files_ == 0) return false;
+  for (uint32_t number = nextFile(store_cursor_); number != 0; number = nextFile(number + 1)) {
+    const size_t before = window_count_;
+    uint32_t offset = 0;
+    size_t size = 0;
+    while (readRecord(number, offset, packet_, packet_bytes_, size)) {
+      Slot slot = {{0, 0, 0}, number, static_cast<uint16_t>(offset), 0, State::kWaiting};
+      offset += static_cast<uint32_t>(kRecordHeadBytes + size);
+      const char* const json = reinterpret_cast<const char*>(packet_);
+      if (!keyOf(device_id_, json, size, slot.key)) continue;
+      if (window_count_ == kBatchMax) {  // the whole file or none of it
+        window_count_ = before;
+        return true;
+      }
+      window_[window_count_++] = slot;
+    }
+    if (size > 0) window_count_ = before;  // more than can be sent
+    const size_t of = window_count_ - before;
+    for (size_t i = before; i < window_count_; i++) window_[i].of = static_cast<uint8_t>(of);
+    store_cursor_ = number + 1;
+    if (window_count_ == kBatchMax) break;
+  }
+  return window_count_ > 0;
+}
+
+// --- writing ----------------------------------------------------------------------------
+
+// Write the memory to the store, oldest first; true if something was written.
+bool Outbox::keep() {
+  if (!storeUsable() || write_failed_ms_ != 0) return false;
+  bool kept = false;
+  while (ram_count_ > 0) {
+    if (!makeFileRoom()) {
+      write_failed_ms_ = nowOrOne();
+      break;
+    }
+    Key keys[kBatchMax];
+    size_t bytes = 0, count = 0;
+    while (bytes < ram_used_ && count < kBatchMax) {
+      const size_t size = recordSize(ram_ + bytes);
+      if (count > 0 && bytes + kRecordHeadBytes + size > kFileBytesMax) break;
+      const char* const json = reinterpret_cast<const char*>(ram_ + bytes + kRecordHeadBytes);
+      keyOf(device_id_, json, size, keys[count++]);
+      bytes += kRecordHeadBytes + size;
+    }
+    Store::Result result = store_->write(tail_ + 1, ram_, bytes);
+    while (result == Store::Result::kFull && drops_ && dropOldestFile()) {
+      result = store_->write(tail_ + 1, ram_, bytes);
+    }
+    if (result != Store::Result::kDone) {
+      store_errors_++;
+      write_failed_ms_ = nowOrOne();
+      break;
+    }
+    tail_++;
+    files_++;
+    kept_ += count;
+    takeFromRam(0, bytes);
+    ram_count_ -= count;
+    kept = true;
+    for (size_t i = 0; i < count; i++) tell(on_kept_, kept_context_, keys[i]);
+  }
+  if (kept) moveWindow();
+  return kept;
+}
+
+// What was looked at in memory is in the store now: look at it there, and do not forget what is on
+// its way.
+void Outbox::moveWindow() {
+  if (window_count_ == 0 || window_[0].file != 0) return;
+  Key sent[kBatchMax];
+  size_t sent_count = 0;
+  for (size_t i = 0; i < window_count_; i++) {
+    if (window_[i].state == State::kSent) sent[sent_count++] = window_[i].key;
+  }
+  const bool awaits = awaits_;
+  leaveWindow();
+  loadFromStore();
+  for (size_t i = 0; i < window_count_; i++) {
+    for (size_t j = 0; j < sent_count; j++) {
+      if (!(window_[i].key == sent[j])) continue;
+      window_[i].state = State::kSent;
+      awaits_ = awaits;
+    }
+  }
+}
+
+void Outbox::removeAnswered(uint32_t number) {
+  size_t count = 0, of = 0;
+  for (size_t i = 0; i < window_count_; i++) {
+    if (window_[i].file != number) continue;
+    of = window_[i].of;
+    if (window_[i].state == State::kAnswered) count++;
+  }
+  if (count < of) return;
+  for (size_t i = 0; i < window_count_; i++) {
+    if (window_[i].file == number) window_[i].state = State::kDone;
+  }
+  if (store_->remove(number)) {
+    files_--;
+  } else {
+    kept_ += of;  // it will be sent once more
+    storeFailed();
+  }
+}
+
+// --- a store that is full ---------------------------------------------------------------
+
+bool Outbox::makeFileRoom() {
+  if (files_ < files_max_ || mergeOldest()) return true;
+  return drops_ && dropOldestFile();
+}
+
+// Make one file of several small ones that follow each other, in the place of the last.
+bool Outbox::mergeOldest() {
+  uint32_t from = merge_from_;
+  // What is looked at now stays where it is.
+  for (size_t i = 0; i < window_count_; i++) {
+    if (window_[i].file >= from) from = window_[i].file + 1;
+  }
+  uint32_t merged[kBatchMax];
+  size_t files = 0, used = 0, count = 0;
+  for (uint32_t number = nextFile(from); number != 0; number = nextFile(number + 1)) {
+    size_t bytes = 0;
+    const size_t more = readFile(number, packet_ + used, packet_bytes_ - used, bytes);
+    if (more > 0 && count + more <= kBatchMax && used + bytes <= kFileBytesMax) {
+      merged[files++] = number;
+      used += bytes;
+      count += more;
+      if (count < kBatchMax) continue;
+    }
+    if (files > 1) break;
+    // Nothing to merge this one with, or with the one before: begin here, or behind it.
+    merge_from_ = number;
+    used = count = files = 0;
+    bytes = 0;
+    const size_t alone = readFile(number, packet_, packet_bytes_, bytes);
+    if (alone == 0 || alone >= kBatchMax) continue;
+    merged[files++] = number;
+    used = bytes;
+    count = alone;
+  }
+  if (files < 2) return false;
+  if (store_->write(merged[files - 1], packet_, used) != Store::Result::kDone) {
+    store_errors_++;
+    return false;
+  }
+  merge_from_ = merged[files - 1];
+  for (size_t i = 0; i + 1 < files; i++) {
+    if (store_->remove(merged[i])) files_--;
+  }
+  return true;
+}
+
+bool Outbox::dropOldestFile() {
+  uint32_t number = kFirstFile - 1;
+  size_t count = 0;
+  Key keys[kBatchMax];
+  while (count == 0) {  // what holds no event of ours is left alone
+    number = nextFile(number + 1);
+    if (number == 0) return false;
+    uint32_t offset = 0;
+    size_t size = 0;
+    while (count < kBatchMax && readRecord(number, offset, packet_, packet_bytes_, size)) {
+      if (keyOf(device_id_, reinterpret_cast<const char*>(packet_), size, keys[count])) {
+        noteDropped(keys[count++], packet_, size);
+      }
+      offset += static_cast<uint32_t>(kRecordHeadBytes + size);
+    }
+  }
+  writeRuns();
+  bool looked_at = false;
+  for (size_t i = 0; i < window_count_; i++) looked_at = looked_at || window_[i].file == number;
+  if (looked_at) leaveWindow();
+  if (!store_->remove(number)) {
+    storeFailed();
+    return false;
+  }
+  files_--;
+  kept_ -= count;
+  for (size_t i = 0; i < count; i++) tell(on_dropped_, dropped_context_, keys[i]);
+  return true;
+}
+
+// --- what is lost -----------------------------------------------------------------------
+
+bool Outbox::isNoted(const Key& key) const {
+  for (size_t i = 0; i < run_count_; i++) {
+    const Run& run = runs_[i];
+    if (run.salt != key.salt || run.boot != key.boot || run.from == 0) continue;
+    if (run.from <= key.sequence && key.sequence <= run.to) return true;
+  }
+  return false;
+}
+
+void Outbox::noteDropped(const Key& key, const uint8_t* bytes, size_t size) {
+  dropped_++;
+  Run told;
+  // What this one was to tell is untold again.
+  if (readDropped(reinterpret_cast<const char*>(bytes), size, told)) noteRun(told);
+  noteRun({key.salt, key.boot, key.sequence, key.sequence});
+}
+
+void Outbox::noteRun(const Run& added) {
+  Run run = added;
+  for (size_t i = 0; i < run_count_;) {
+    const Run& other = runs_[i];
+    const bool same = other.salt == run.salt && other.boot == run.boot && other.from != 0 &&
+                      run.from != 0 && other.from - 1 <= run.to && run.from - 1 <= other.to;
+    if (!same) {
+      i++;
+      continue;
+    }
+    if (other.from < run.from) run.from = other.from;
+    if (other.to > run.to) run.to = other.to;
+    runs_[i] = runs_[--run_count_];
+    i = 0;  // larger now, it may touch another
+  }
+  if (run.from != 0 && run_count_ < kRunsMax - 1) {
+    runs_[run_count_++] = run;
+    return;
+  }
+  // Too many boots at once to tell them apart: the last one tells how many.
+  const uint32_t lost = run.from == 0 ? run.to : run.to - run.from + 1;
+  for (size_t i = 0; i < run_count_; i++) {
+    if (runs_[i].from != 0) continue;
+    runs_[i].to += lost;
+    return;
+  }
+  runs_[run_count_++] = {0, 0, 0, lost};
+}
+
+void Outbox::readRuns() {
+  uint8_t record[kRecordHeadBytes + kRunsMax * kRunBytes];
+  const int32_t read = store_->read(kDropped, 0, record, sizeof record);
+  if (read < 0 || !isRecord(record, static_cast<size_t>(read))) return;
+  const size_t size = recordSize(record);
+  for (size_t at = 0; at + kRunBytes <= size; at += kRunBytes) {
+    const uint8_t* const run = record + kRecordHeadBytes + at;
+    noteRun({get32(run), get32(run + 4), get32(run + 8), get32(run + 12)});
+  }
+}
+
+void Outbox::writeRuns() {
+  if (!store_good_) return;
+  if (run_count_ == 0) {
+    if (!store_->remove(kDropped)) store_errors_++;
+    return;
+  }
+  uint8_t record[kRecordHeadBytes + kRunsMax * kRunBytes];
+  for (size_t i = 0; i < run_count_; i++) {
+    uint8_t* const run = record + kRecordHeadBytes + i * kRunBytes;
+    put32(run, runs_[i].salt);
+    put32(run + 4, runs_[i].boot);
+    put32(run + 8, runs_[i].from);
+    put32(run + 12, runs_[i].to);
+  }
+  sealRecord(record, run_count_ * kRunBytes, 0);
+  const size_t size = kRecordHeadBytes + run_count_ * kRunBytes;
+  if (store_->write(kDropped, record, size) != Store::Result::kDone) store_errors_++;
+}
+
+}  // namespace homelab
