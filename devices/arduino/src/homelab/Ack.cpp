@@ -54,8 +54,7 @@ bool AckReader::read(const char* object, Answer& answer) const {
       const bool known = read && (strcmp(text, "stored") == 0 || strcmp(text, "rejected") == 0);
       strcpy(status, known ? text : "");
     } else if (whole && string && strcmp(name, "reason") == 0) {
-      strncpy(answer.reason, text, sizeof answer.reason - 1);
-      answer.reason[sizeof answer.reason - 1] = '\0';
+      readString(value, end_, answer.reason, sizeof answer.reason);
     }
     at = skipBlanks(at, end_);
     if (*at == ',') at = skipBlanks(at + 1, end_);

@@ -213,6 +213,16 @@ bool Outbox::readRecord(uint32_t number, uint32_t offset, uint8_t* into, size_t 
   return true;
 }
 
+// Tell an end, or what is damaged, from a failure to read.
+bool Outbox::isBehindRecords(uint32_t number, uint32_t offset) {
+  uint8_t more[1];
+  size_t size = 0;
+  const bool failed = readRecord(number, offset, packet_, packet_bytes_, size) ||
+                      store_->read(number, offset, more, sizeof more) < 0;
+  if (failed) storeFailed();
+  return !failed;
+}
+
 // Read the whole file if it fits, and is whole; return how many records it has, else 0.
 size_t Outbox::readFile(uint32_t number, uint8_t* into, size_t capacity, size_t& bytes) {
   const int32_t read = store_->read(number, 0, into, capacity);
@@ -244,7 +254,8 @@ bool Outbox::loadFromStore() {
       }
       window_[window_count_++] = slot;
     }
-    if (size > 0) window_count_ = before;  // more than can be sent
+    // More than can be sent; or a failure, and no end: what was not read must not be removed.
+    if (size > 0 || !isBehindRecords(number, offset)) window_count_ = before;
     const size_t of = window_count_ - before;
     for (size_t i = before; i < window_count_; i++) window_[i].of = static_cast<uint8_t>(of);
     store_cursor_ = number + 1;
@@ -392,12 +403,12 @@ bool Outbox::dropOldestFile() {
     uint32_t offset = 0;
     size_t size = 0;
     while (count < kBatchMax && readRecord(number, offset, packet_, packet_bytes_, size)) {
-      if (keyOf(device_id_, reinterpret_cast<const char*>(packet_), size, keys[count])) {
-        noteDropped(keys[count++], packet_, size);
-      }
+      if (keyOf(device_id_, reinterpret_cast<const char*>(packet_), size, keys[count])) count++;
       offset += static_cast<uint32_t>(kRecordHeadBytes + size);
     }
+    if (!isBehindRecords(number, offset)) return false;
   }
+  if (noteFile(number) != count) return false;
   writeRuns();
   bool looked_at = false;
   for (size_t i = 0; i < window_count_; i++) looked_at = looked_at || window_[i].file == number;
@@ -413,6 +424,21 @@ bool Outbox::dropOldestFile() {
 }
 
 // --- what is lost -----------------------------------------------------------------------
+
+// Return how many events of the file are noted as lost.
+size_t Outbox::noteFile(uint32_t number) {
+  uint32_t offset = 0;
+  size_t size = 0, count = 0;
+  while (readRecord(number, offset, packet_, packet_bytes_, size)) {
+    Key key;
+    if (keyOf(device_id_, reinterpret_cast<const char*>(packet_), size, key)) {
+      noteDropped(key, packet_, size);
+      count++;
+    }
+    offset += static_cast<uint32_t>(kRecordHeadBytes + size);
+  }
+  return count;
+}
 
 bool Outbox::isNoted(const Key& key) const {
   for (size_t i = 0; i < run_count_; i++) {
@@ -462,7 +488,9 @@ void Outbox::noteRun(const Run& added) {
 
 void Outbox::readRuns() {
   uint8_t record[kRecordHeadBytes + kRunsMax * kRunBytes];
-  const int32_t read = store_->read(kDropped, 0, record, sizeof record);
+  int32_t read = store_->read(kDropped, 0, record, sizeof record);
+  // It is mostly absent; but if that was a failure, a second try costs little.
+  if (read < 0) read = store_->read(kDropped, 0, record, sizeof record);
   if (read < 0 || !isRecord(record, static_cast<size_t>(read))) return;
   const size_t size = recordSize(record);
   for (size_t at = 0; at + kRunBytes <= size; at += kRunBytes) {

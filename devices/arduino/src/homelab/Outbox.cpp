@@ -168,7 +168,7 @@ void Outbox::answered(const Key& key, bool stored, const char* reason) {
   if (in_ram) {
     takeFromRam(at, kRecordHeadBytes + recordSize(ram_ + at));
     ram_count_--;
-  } else {
+  } else if (kept_ > 0) {  // it is not, if its file could not be read at begin()
     kept_--;
   }
   if (looked_at) {

@@ -122,6 +122,7 @@ class Outbox {
   void writeRuns();
   void noteRun(const Run& run);
   bool isNoted(const Key& key) const;
+  size_t noteFile(uint32_t number);
   void noteDropped(const Key& key, const uint8_t* bytes, size_t size);
   bool keep();
   void moveWindow();
@@ -130,6 +131,7 @@ class Outbox {
   bool dropOldestFile();
   bool readRecord(uint32_t number, uint32_t offset, uint8_t* into, size_t capacity, size_t& size);
   size_t readFile(uint32_t number, uint8_t* into, size_t capacity, size_t& bytes);
+  bool isBehindRecords(uint32_t number, uint32_t offset);
   uint32_t nextFile(uint32_t from);
   void removeAnswered(uint32_t number);
   void storeFailed();
