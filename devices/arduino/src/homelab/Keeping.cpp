@@ -24,7 +24,6 @@ constexpr uint32_t kStorePauseMs = 10000;
 // One block of most flash file systems, with room for what they add.
 constexpr size_t kFileBytesMax = 4000;
 constexpr size_t kRunBytes = 16;
-
 constexpr size_t kRunsMax = 16;
 
 uint32_t checkOf(const Resume& resume) {
@@ -34,8 +33,6 @@ uint32_t checkOf(const Resume& resume) {
   put32(bytes + 8, resume.sequence);
   return crc32(bytes, sizeof bytes);
 }
-
-bool isPowerCutRemnant(int32_t read) { return read == 0; }
 
 }  // namespace
 
@@ -64,6 +61,24 @@ struct Outbox::Scan {
   size_t doomed_count;
 };
 
+// A way over the records of a file.
+struct Outbox::Walk {
+  // Why there is no more: the end; what is no record; a record larger than a packet; an error.
+  enum class End : uint8_t { kWhole, kDamaged, kTooLarge, kFailed };
+  explicit Walk(uint32_t file) : number(file) {}
+  const char* json() const { return reinterpret_cast<const char*>(record + kRecordHeadBytes); }
+
+  uint32_t number;
+  uint32_t next = 0;       // where the next record begins in the file
+  size_t at = 0;           // and in packet_,
+  size_t filled = 0;       // which holds so much
+  bool is_last = false;    // and the file no more
+  uint32_t offset = 0;     // this record
+  const uint8_t* record = nullptr;
+  size_t size = 0;  // of its event
+  End end = End::kWhole;
+};
+
 void Outbox::beginStore() {
   store_good_ = store_ != nullptr && store_->begin();
   if (store_ != nullptr && !store_good_) store_errors_++;
@@ -82,29 +97,26 @@ void Outbox::countFile(uint32_t number, void* context) {
   Outbox& self = *scan.outbox;
   if (number < kFirstFile || number > kLastFile) return;
   if (number > self.tail_) self.tail_ = number;
-  uint32_t offset = 0;
-  size_t size = 0, count = 0;
+  Walk walk(number);
+  size_t count = 0;
   bool noted = true, foreign = false;
-  while (self.readRecord(number, offset, self.packet_, self.packet_bytes_, size)) {
+  while (self.step(walk)) {
     Key key;
-    if (keyOf(self.device_id_, reinterpret_cast<const char*>(self.packet_), size, key)) {
+    if (keyOf(self.device_id_, walk.json(), walk.size, key)) {
       count++;
       noted = noted && self.isNoted(key);
     } else {
       foreign = true;
     }
-    offset += static_cast<uint32_t>(kRecordHeadBytes + size);
   }
-  uint8_t more[1];
-  const int32_t left = self.store_->read(number, offset, more, sizeof more);
-  const bool empty = offset == 0 && isPowerCutRemnant(left);
+  const bool empty = walk.end == Walk::End::kWhole && walk.next == 0;  // as a power cut leaves it
   if (empty || (count > 0 && noted)) {  // to drop it was begun, and is done now
     if (scan.doomed_count < 16) scan.doomed[scan.doomed_count++] = number;
     return;
   }
-  if (left != 0 || foreign) self.damaged_++;
+  if (walk.end != Walk::End::kWhole || foreign) self.damaged_++;
   // One that holds more than can be sent waits for a program that can.
-  if (count == 0 || size > 0) return;
+  if (count == 0 || walk.end == Walk::End::kTooLarge) return;
   self.files_++;
   self.kept_ += count;
 }
@@ -192,43 +204,39 @@ uint32_t Outbox::nextFile(uint32_t from) {
   return least.found;
 }
 
-// Read the event of the record at `offset`. False with its size if that is more than `capacity`;
-// false with 0 at the end of the file, and where there is no record.
-bool Outbox::readRecord(uint32_t number, uint32_t offset, uint8_t* into, size_t capacity,
-                        size_t& size) {
-  uint8_t head[kRecordHeadBytes];
-  size = 0;
-  if (store_->read(number, offset, head, sizeof head) != static_cast<int32_t>(sizeof head)) {
-    return false;
+// Go to the next record; false behind the last. As much of the file as fits is in packet_.
+bool Outbox::step(Walk& walk) {
+  for (int tries = 0; tries < 2; tries++) {
+    const uint8_t* const record = packet_ + walk.at;
+    const size_t left = walk.filled - walk.at;
+    if (left >= kRecordHeadBytes && recordSize(record) <= left - kRecordHeadBytes) {
+      walk.end = Walk::End::kDamaged;
+      if (!isRecord(record, left)) return false;
+      walk.offset = walk.next;
+      walk.record = record;
+      walk.size = recordSize(record);
+      walk.at += kRecordHeadBytes + walk.size;
+      walk.next += static_cast<uint32_t>(kRecordHeadBytes + walk.size);
+      return true;
+    }
+    walk.end = left == 0 ? Walk::End::kWhole : Walk::End::kDamaged;
+    if (walk.is_last) return false;
+    walk.end = Walk::End::kFailed;
+    const int32_t read = store_->read(walk.number, walk.next, packet_, packet_bytes_);
+    if (read < 0) return false;
+    walk.at = 0;
+    walk.filled = static_cast<size_t>(read);
+    walk.is_last = walk.filled < packet_bytes_;
   }
-  const size_t said = recordSize(head);
-  if (said > capacity) {
-    size = said;
-    return false;
-  }
-  const uint32_t at = offset + static_cast<uint32_t>(kRecordHeadBytes);
-  if (said == 0 || store_->read(number, at, into, said) != static_cast<int32_t>(said)) return false;
-  if (get32(head) != (crc32(into, said) ^ static_cast<uint32_t>(said))) return false;
-  size = said;
-  return true;
-}
-
-// Tell an end, or what is damaged, from a failure to read.
-bool Outbox::isBehindRecords(uint32_t number, uint32_t offset) {
-  uint8_t more[1];
-  size_t size = 0;
-  const bool failed = readRecord(number, offset, packet_, packet_bytes_, size) ||
-                      store_->read(number, offset, more, sizeof more) < 0;
-  if (failed) storeFailed();
-  return !failed;
+  walk.end = Walk::End::kTooLarge;
+  return false;
 }
 
 // Read the whole file if it fits, and is whole; return how many records it has, else 0.
 size_t Outbox::readFile(uint32_t number, uint8_t* into, size_t capacity, size_t& bytes) {
   const int32_t read = store_->read(number, 0, into, capacity);
-  uint8_t more[1];
-  if (read <= 0 || store_->read(number, static_cast<uint32_t>(read), more, 1) != 0) return 0;
-  bytes = static_cast<size_t>(read);
+  bytes = read > 0 ? static_cast<size_t>(read) : 0;
+  if (bytes == capacity) return 0;  // perhaps there is more
   size_t count = 0;
   for (size_t at = 0; at < bytes; at += kRecordHeadBytes + recordSize(into + at)) {
     if (!isRecord(into + at, bytes - at)) return 0;
@@ -241,21 +249,25 @@ bool Outbox::loadFromStore() {
   if (!storeUsable() || files_ == 0) return false;
   for (uint32_t number = nextFile(store_cursor_); number != 0; number = nextFile(number + 1)) {
     const size_t before = window_count_;
-    uint32_t offset = 0;
-    size_t size = 0;
-    while (readRecord(number, offset, packet_, packet_bytes_, size)) {
-      Slot slot = {{0, 0, 0}, number, static_cast<uint16_t>(offset), 0, State::kWaiting};
-      offset += static_cast<uint32_t>(kRecordHeadBytes + size);
-      const char* const json = reinterpret_cast<const char*>(packet_);
-      if (!keyOf(device_id_, json, size, slot.key)) continue;
+    Walk walk(number);
+    while (step(walk)) {
+      Slot slot = {{0, 0, 0},
+                   number,
+                   get32(walk.record),
+                   static_cast<uint16_t>(walk.offset),
+                   static_cast<uint16_t>(walk.size),
+                   0,
+                   State::kWaiting};
+      if (!keyOf(device_id_, walk.json(), walk.size, slot.key)) continue;
       if (window_count_ == kBatchMax) {  // the whole file or none of it
         window_count_ = before;
         return true;
       }
       window_[window_count_++] = slot;
     }
-    // More than can be sent; or a failure, and no end: what was not read must not be removed.
-    if (size > 0 || !isBehindRecords(number, offset)) window_count_ = before;
+    // What was not read must not be removed.
+    if (walk.end == Walk::End::kFailed) storeFailed();
+    if (walk.end == Walk::End::kFailed || walk.end == Walk::End::kTooLarge) window_count_ = before;
     const size_t of = window_count_ - before;
     for (size_t i = before; i < window_count_; i++) window_[i].of = static_cast<uint8_t>(of);
     store_cursor_ = number + 1;
@@ -374,7 +386,6 @@ bool Outbox::mergeOldest() {
     // Nothing to merge this one with, or with the one before: begin here, or behind it.
     merge_from_ = number;
     used = count = files = 0;
-    bytes = 0;
     const size_t alone = readFile(number, packet_, packet_bytes_, bytes);
     if (alone == 0 || alone >= kBatchMax) continue;
     merged[files++] = number;
@@ -400,13 +411,11 @@ bool Outbox::dropOldestFile() {
   while (count == 0) {  // what holds no event of ours is left alone
     number = nextFile(number + 1);
     if (number == 0) return false;
-    uint32_t offset = 0;
-    size_t size = 0;
-    while (count < kBatchMax && readRecord(number, offset, packet_, packet_bytes_, size)) {
-      if (keyOf(device_id_, reinterpret_cast<const char*>(packet_), size, keys[count])) count++;
-      offset += static_cast<uint32_t>(kRecordHeadBytes + size);
+    Walk walk(number);
+    while (count < kBatchMax && step(walk)) {
+      if (keyOf(device_id_, walk.json(), walk.size, keys[count])) count++;
     }
-    if (!isBehindRecords(number, offset)) return false;
+    if (walk.end == Walk::End::kFailed) return false;
   }
   if (noteFile(number) != count) return false;
   writeRuns();
@@ -427,15 +436,13 @@ bool Outbox::dropOldestFile() {
 
 // Return how many events of the file are noted as lost.
 size_t Outbox::noteFile(uint32_t number) {
-  uint32_t offset = 0;
-  size_t size = 0, count = 0;
-  while (readRecord(number, offset, packet_, packet_bytes_, size)) {
+  Walk walk(number);
+  size_t count = 0;
+  while (step(walk)) {
     Key key;
-    if (keyOf(device_id_, reinterpret_cast<const char*>(packet_), size, key)) {
-      noteDropped(key, packet_, size);
-      count++;
-    }
-    offset += static_cast<uint32_t>(kRecordHeadBytes + size);
+    if (!keyOf(device_id_, walk.json(), walk.size, key)) continue;
+    noteDropped(key, walk.record + kRecordHeadBytes, walk.size);
+    count++;
   }
   return count;
 }

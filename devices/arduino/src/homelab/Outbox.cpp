@@ -84,9 +84,9 @@ bool Outbox::add(uint32_t now_ms, const Fields& fields) {
     return false;
   }
   const size_t size = writeEvent(device_id_, key, fields, nullptr, 0);
-  size_t most = transport_->sendBytes(events_topic_);
-  if (most > packet_bytes_) most = packet_bytes_;
-  if (size + 2 > most || size > UINT16_MAX || kRecordHeadBytes + size > ram_bytes_) {
+  // Of a packet, two bytes are there for an array; a record must fit where a packet does.
+  if (size + 2 > transport_->sendBytes(events_topic_) || size > UINT16_MAX ||
+      kRecordHeadBytes + size > packet_bytes_ || kRecordHeadBytes + size > ram_bytes_) {
     refused_++;
     return false;
   }

@@ -33,7 +33,7 @@ class Outbox {
   using Told = void (*)(const char* event_id, void* context);
   using Rejected = void (*)(const char* event_id, const char* reason, void* context);
 
-  // `memory` holds events, `packet` one packet: an event may have two bytes less than that.
+  // `memory` holds events, `packet` one packet: an event may have ten bytes less than that.
   Outbox(uint8_t* memory, size_t memory_bytes, uint8_t* packet, size_t packet_bytes);
 
   // Settings, before begin().
@@ -81,13 +81,11 @@ class Outbox {
   struct Slot {
     Key key;
     uint32_t file;
+    uint32_t check;  // the record's CRC
     uint16_t offset;
+    uint16_t size;
     uint8_t of;  // how many events the file has
     State state;
-  };
-  struct Record {
-    uint8_t* bytes;
-    size_t size;
   };
   struct Scan;
 
@@ -129,9 +127,9 @@ class Outbox {
   bool makeFileRoom();
   bool mergeOldest();
   bool dropOldestFile();
-  bool readRecord(uint32_t number, uint32_t offset, uint8_t* into, size_t capacity, size_t& size);
   size_t readFile(uint32_t number, uint8_t* into, size_t capacity, size_t& bytes);
-  bool isBehindRecords(uint32_t number, uint32_t offset);
+  struct Walk;
+  bool step(Walk& walk);
   uint32_t nextFile(uint32_t from);
   void removeAnswered(uint32_t number);
   void storeFailed();

@@ -138,8 +138,17 @@ bool Outbox::readEvent(const Slot& slot, uint8_t* into, size_t capacity, size_t&
   size = 0;
   if (slot.file != 0) {
     if (!storeUsable()) return false;
-    if (readRecord(slot.file, slot.offset, into, capacity, size)) return true;
-    if (size == 0) storeFailed();
+    if (slot.size > capacity) {
+      size = slot.size;
+      return false;
+    }
+    const uint32_t at = slot.offset + static_cast<uint32_t>(kRecordHeadBytes);
+    const int32_t read = store_->read(slot.file, at, into, slot.size);
+    if (read == slot.size && slot.check == (crc32(into, slot.size) ^ slot.size)) {
+      size = slot.size;
+      return true;
+    }
+    storeFailed();
     return false;
   }
   const size_t at = findInRam(slot.key);
@@ -163,7 +172,7 @@ bool Outbox::loadFromRam() {
   if (hold_ms_ == 0 && storeUsable() && write_failed_ms_ == 0) return false;
   for (size_t at = 0; at < ram_used_ && window_count_ < kBatchMax;
        at += kRecordHeadBytes + recordSize(ram_ + at)) {
-    Slot slot = {{0, 0, 0}, 0, 0, 0, State::kWaiting};
+    Slot slot = {{0, 0, 0}, 0, 0, 0, 0, 0, State::kWaiting};
     const char* const json = reinterpret_cast<const char*>(ram_ + at + kRecordHeadBytes);
     if (!keyOf(device_id_, json, recordSize(ram_ + at), slot.key)) continue;
     if (slot.key.sequence <= ram_cursor_) continue;

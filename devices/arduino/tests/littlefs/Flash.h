@@ -29,7 +29,10 @@ struct Flash {
   bool mount();
   void unmount();
   // Of the calls of a file system that posix.cpp and LittleFS.h make: whether this one fails.
-  bool fails() { return calls++ == fail_at; }
+  bool fails(bool changes = false) {
+    changing.push_back(changes);
+    return calls++ == fail_at;
+  }
   // A new start: what was in memory is gone, and what was on the chip is as it is.
   void powerOn();
 
@@ -39,6 +42,7 @@ struct Flash {
   int64_t operations = 0;  // programs and erases
   int64_t cut_at = -1;     // the one at which the power ends
   int64_t calls = 0;
+  std::vector<bool> changing;  // which of them change something
   int64_t fail_at = -1;  // the one that fails
   bool fails_late = false;  // after it was done, and not before
   bool dead = false;

@@ -102,12 +102,12 @@ class FS {
     return File(path, flags);
   }
   bool rename(const char* from, const char* to) {
-    const bool failed = flash->fails();
+    const bool failed = flash->fails(true);
     if (failed && !flash->fails_late) return false;
     return lfs_rename(&flash->lfs, from, to) == 0 && !failed;
   }
   bool remove(const char* path) {
-    const bool failed = flash->fails();
+    const bool failed = flash->fails(true);
     if (failed && !flash->fails_late) return false;
     return lfs_remove(&flash->lfs, path) == 0 && !failed;
   }
