@@ -183,10 +183,7 @@ void Outbox::tryStoreAgain() {
   if (store_failed_ms_ != 0 && now_ms_ - store_failed_ms_ >= kStorePauseMs) store_failed_ms_ = 0;
   if (write_failed_ms_ != 0 && now_ms_ - write_failed_ms_ >= kStorePauseMs) write_failed_ms_ = 0;
   // What is told in memory only is still noted in the store.
-  if (runs_told_ && ram_count_ == 0 && storeUsable()) {
-    runs_told_ = false;
-    writeRuns();
-  }
+  if (ram_count_ == 0) keepRuns();
 }
 
 // Return the least number of a file of events from `from` on, or 0.
@@ -228,7 +225,11 @@ bool Outbox::step(Walk& walk) {
     walk.filled = static_cast<size_t>(read);
     walk.is_last = walk.filled < packet_bytes_;
   }
-  walk.end = Walk::End::kTooLarge;
+  // So it says; but is it as long as that?
+  const uint32_t behind = walk.next + static_cast<uint32_t>(kRecordHeadBytes + recordSize(packet_));
+  uint8_t last[1];
+  const bool is_there = store_->read(walk.number, behind - 1, last, 1) == 1;
+  walk.end = is_there ? Walk::End::kTooLarge : Walk::End::kDamaged;
   return false;
 }
 
@@ -404,6 +405,13 @@ bool Outbox::mergeOldest() {
   return true;
 }
 
+bool Outbox::isPartlyAnswered(uint32_t number) const {
+  for (size_t i = 0; i < window_count_; i++) {
+    if (window_[i].file == number && window_[i].state == State::kAnswered) return true;
+  }
+  return false;
+}
+
 bool Outbox::dropOldestFile() {
   uint32_t number = kFirstFile - 1;
   size_t count = 0;
@@ -411,6 +419,7 @@ bool Outbox::dropOldestFile() {
   while (count == 0) {  // what holds no event of ours is left alone
     number = nextFile(number + 1);
     if (number == 0) return false;
+    if (isPartlyAnswered(number)) continue;  // it will be gone soon, and is not lost
     Walk walk(number);
     while (count < kBatchMax && step(walk)) {
       if (keyOf(device_id_, walk.json(), walk.size, keys[count])) count++;
@@ -504,6 +513,13 @@ void Outbox::readRuns() {
     const uint8_t* const run = record + kRecordHeadBytes + at;
     noteRun({get32(run), get32(run + 4), get32(run + 8), get32(run + 12)});
   }
+}
+
+// What is noted in the store has changed in memory: runs are told, or were dropped from there.
+void Outbox::keepRuns() {
+  if (!runs_changed_ || !storeUsable()) return;
+  runs_changed_ = false;
+  writeRuns();
 }
 
 void Outbox::writeRuns() {

@@ -138,6 +138,7 @@ void Outbox::dropFromRam() {
   Key key;
   keyOf(device_id_, reinterpret_cast<const char*>(ram_ + kRecordHeadBytes), size, key);
   noteDropped(key, ram_ + kRecordHeadBytes, size);
+  runs_changed_ = true;
   takeFromRam(0, kRecordHeadBytes + size);
   ram_count_--;
   tell(on_dropped_, dropped_context_, key);
@@ -216,6 +217,7 @@ void Outbox::loop(uint32_t now_ms) {
 bool Outbox::save() {
   store_failed_ms_ = write_failed_ms_ = 0;  // try now, whatever failed before
   keep();
+  keepRuns();
   return ram_count_ == 0;
 }
 

@@ -117,6 +117,7 @@ class Outbox {
   void beginBoot();
   static void countFile(uint32_t number, void* context);
   void readRuns();
+  void keepRuns();
   void writeRuns();
   void noteRun(const Run& run);
   bool isNoted(const Key& key) const;
@@ -126,6 +127,7 @@ class Outbox {
   void moveWindow();
   bool makeFileRoom();
   bool mergeOldest();
+  bool isPartlyAnswered(uint32_t number) const;
   bool dropOldestFile();
   size_t readFile(uint32_t number, uint8_t* into, size_t capacity, size_t& bytes);
   struct Walk;
@@ -199,7 +201,7 @@ class Outbox {
   // What is lost and not told yet. The last may have only a number: see writeDropped().
   Run runs_[16];
   size_t run_count_ = 0;
-  bool runs_told_ = false;  // some are in memory, and still in the store
+  bool runs_changed_ = false;  // what the store has of them is old
   uint32_t dropped_ = 0;
   uint32_t refused_ = 0;
   uint32_t damaged_ = 0;

@@ -204,7 +204,7 @@ void Outbox::tellDropped() {
   memmove(runs_, runs_ + 1, run_count_ * sizeof runs_[0]);
   // The note of it in the store goes when the event is answered, or in the store itself: cut in
   // between, it is told twice rather than never.
-  runs_told_ = true;
+  runs_changed_ = true;
 }
 
 }  // namespace homelab

@@ -4,8 +4,9 @@
 
 #include <algorithm>
 
-const Flash::Chip kEsp32 = {"ESP32", 128, 512, 32, 512};
-const Flash::Chip kEsp8266 = {"ESP8266", 64, 64, 32, 16};
+const Flash::Chip kEsp32 = {"ESP32", 128, 512, 32, 512, 6};
+const Flash::Chip kEsp8266 = {"ESP8266", 64, 64, 32, 16, 6};
+const Flash::Chip kFull = {"full", 64, 64, 10, 16, 128};
 Flash* flash = nullptr;
 
 namespace {
@@ -66,7 +67,7 @@ int sync(const lfs_config* config) { return of(config).dead ? LFS_ERR_IO : 0; }
 
 }  // namespace
 
-Flash::Flash(const Chip& chip) : bytes(chip.block_count * kBlock, 0xFF) {
+Flash::Flash(const Chip& chip) : files_max(chip.files_max), bytes(chip.block_count * kBlock, 0xFF) {
   memset(&lfs, 0, sizeof lfs);
   memset(&config, 0, sizeof config);
   config.context = this;

@@ -21,6 +21,7 @@ struct Flash {
     lfs_size_t cache;
     lfs_size_t block_count;
     int32_t block_cycles;
+    size_t files_max;
   };
 
   explicit Flash(const Chip& chip);
@@ -36,6 +37,7 @@ struct Flash {
   // A new start: what was in memory is gone, and what was on the chip is as it is.
   void powerOn();
 
+  const size_t files_max;
   lfs_t lfs;
   lfs_config config;
   std::vector<uint8_t> bytes;
@@ -54,6 +56,8 @@ struct Flash {
 // As arduino-esp32 (esp_littlefs) and the ESP8266's core configure it, on a small partition.
 extern const Flash::Chip kEsp32;
 extern const Flash::Chip kEsp8266;
+// So small that it is full before the outbox is.
+extern const Flash::Chip kFull;
 
 // What the POSIX calls and the FS class of boards/ work on.
 extern Flash* flash;
