@@ -6,8 +6,8 @@
 // the file system, which fails, before or after it has had its effect. Then it starts anew and
 // delivers what waits. What it does not: time, or the broker.
 //
-// It prints how many runs there were, or the first that lost, invented, changed or repeated
-// something.
+// power_cut STEP does so at each STEPth of them, and prints how many there were, or the first that
+// lost, invented, changed or repeated something.
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -266,27 +266,30 @@ Counts once(const Flash::Chip& chip, bool posix, Fault fault, int64_t at) {
   return counts;
 }
 
-void all(const Flash::Chip& chip, bool posix) {
+// With a fault at each `step`th operation and call.
+void all(const Flash::Chip& chip, bool posix, int64_t step) {
   const Counts counts = once(chip, posix, Fault::kNone, 0);
   const int64_t calls = static_cast<int64_t>(counts.changing.size());
-  for (int64_t k = 0; k < counts.operations; k++) once(chip, posix, Fault::kCut, k);
-  for (int64_t k = 0; k < calls; k++) once(chip, posix, Fault::kFail, k);
-  for (int64_t k = 0; k < calls; k++) {
+  for (int64_t k = 0; k < counts.operations; k += step) once(chip, posix, Fault::kCut, k);
+  for (int64_t k = 0; k < calls; k += step) once(chip, posix, Fault::kFail, k);
+  for (int64_t k = 0; k < calls; k += step) {
     if (counts.changing[static_cast<size_t>(k)]) once(chip, posix, Fault::kFailLate, k);
   }
-  printf("power_cut: %s (%s), %d blocks: the power ended at each of %d operations, and each of %d calls "
-         "failed: nothing lost, invented, altered or repeated\n",
-         chip.name, posix ? "FolderStore" : "LittleFSStore", static_cast<int>(chip.block_count), static_cast<int>(counts.operations),
-         static_cast<int>(calls));
+  printf("power_cut: %s (%s), %d blocks: the power ended at %d operations, and %d calls failed: "
+         "nothing lost, invented, altered or repeated\n",
+         chip.name, posix ? "FolderStore" : "LittleFSStore", static_cast<int>(chip.block_count), static_cast<int>((counts.operations + step - 1) / step),
+         static_cast<int>((calls + step - 1) / step));
   fflush(stdout);
 }
 
 }  // namespace
 
-int main() {
-  all(kEsp32, true);
-  all(kEsp8266, false);
-  all(kFull, true);
-  all(kFull, false);
+int main(int count, char** words) {
+  const int64_t step = count == 2 ? atol(words[1]) : 0;
+  if (step < 1) return 2;
+  all(kEsp32, true, step);
+  all(kEsp8266, false, step);
+  all(kFull, true, step);
+  all(kFull, false, step);
   return 0;
 }
