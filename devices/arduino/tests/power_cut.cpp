@@ -194,9 +194,8 @@ void play(bool posix) {
     device->add(3);
     device->outbox.save();
     delete device;
-    if (!flash->dead) flash->unmount();
+    flash->unmount();  // frees what littlefs has in memory; without power it changes nothing
   }
-  flash->mounted = false;
 }
 
 // After a start without any fault: everything that waits is delivered.
