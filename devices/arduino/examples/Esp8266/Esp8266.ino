@@ -42,7 +42,7 @@ void setup() {
   mqtt.setBufferSize(1024);
   mqtt.setSocketTimeout(4);
   mqtt.setCallback(onMessage);
-  // Not formatted if it cannot be mounted. The first time: LittleFS.format(), once, by hand.
+  // Not formatted if it cannot be mounted: examples/Format does that, once.
   LittleFS.setConfig(LittleFSConfig(false));
   const bool mounted = LittleFS.begin();
   if (!mounted) Serial.println("no LittleFS: events are kept in memory only");

@@ -47,8 +47,8 @@ void setup() {
   mqtt.setBufferSize(1280);
   mqtt.setSocketTimeout(4);
   mqtt.setCallback(onMessage);
-  // Not formatted if it cannot be mounted, as that would erase what waits in it. The first time:
-  // LittleFS.format(), once, by hand.
+  // Not formatted if it cannot be mounted, as that would erase what waits in it: examples/Format
+  // does that, once.
   const bool mounted = LittleFS.begin(false);
   if (!mounted) Serial.println("no LittleFS: events are kept in memory only");
   snprintf(clientId, sizeof clientId, "%s-%08lx", DEVICE_ID,
