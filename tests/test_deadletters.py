@@ -2,7 +2,7 @@
 
 What it does: runs `python -m ingester.deadletters` as its own process, with the rights of the
 role `ingester` alone, against a real broker and database. What it does not: the broker's
-side of a visit (test_visitor.py).
+side of a session (test_tool_session.py).
 """
 
 import json
@@ -20,7 +20,7 @@ from datetime import UTC, datetime, timedelta
 import psycopg2
 import pytest
 
-from ingester.letterbox import PURGE_ROWS_MAX
+from ingester.deadletters.table import PURGE_ROWS_MAX
 from tests.device import event
 from tests.load import devices, events_sent, hear_all, load, wait_for_load
 from tests.pipeline import Database, Pipeline, wait_until

@@ -110,8 +110,8 @@ def importers(package: str) -> set[str]:
     return {name for name, module in modules("ingester").items() if package in packages(module)}
 
 
-def test_only_the_broker_and_the_visitor_import_paho() -> None:
-    assert importers("paho") == {"ingester/broker.py", "ingester/visitor.py"}
+def test_only_the_broker_and_the_tools_session_import_paho() -> None:
+    assert importers("paho") == {"ingester/broker.py", "ingester/tool_session.py"}
 
 
 def test_only_the_connection_imports_psycopg2() -> None:
@@ -122,10 +122,10 @@ def test_only_a_program_imports_dotenv() -> None:
     assert importers("dotenv") == PROGRAMS
 
 
-def test_nothing_imports_a_program_and_the_daemon_is_nobodys_visitor() -> None:
+def test_nothing_imports_a_program_and_the_daemon_needs_nothing_of_the_tools() -> None:
     imported = {name for module in modules("ingester").values() for name in imports(module)}
     assert not {name.removesuffix(".py").replace("/", ".") for name in PROGRAMS} & imported
-    assert "ingester/visitor.py" not in DAEMON
+    assert "ingester/tool_session.py" not in DAEMON
 
 
 @pytest.mark.parametrize("name", sorted(modules("devices")))

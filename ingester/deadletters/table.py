@@ -65,7 +65,7 @@ _COUNT = (
 )
 
 
-class Letterbox(Store):
+class DeadLetterTable(Store):
     """A Store whose keep() keeps nothing: what a replay refuses is in the table already."""
 
     _refused: Sequence[DeadLetter] = ()
