@@ -66,8 +66,8 @@ BATCH_BYTES_MAX = 1_048_576
 # What is held unsettled at most. The broker's window (mosquitto.conf) is smaller, but 2.0.11
 # lets each PUBACK open a whole one: it then sends all that it has queued. 25 MB with small
 # events; with a fifth of it, a long backlog is sent and read five times over.
-IN_HAND_MESSAGES_MAX = 50_000
-IN_HAND_BYTES_MAX = 16_777_216
+UNSETTLED_MESSAGES_MAX = 50_000
+UNSETTLED_BYTES_MAX = 16_777_216
 # Replies that the broker has not PUBACKed: there are 65,535 packet ids.
 REPLIES_OUTSTANDING_MAX = 5_000
 # Bytes taken from the socket at once.
@@ -174,7 +174,7 @@ class Client(paho.Client):
         """Return a packet id that paho does not use either."""
         return self._mid_generate()
 
-    def heard(self) -> None:
+    def note_broker_alive(self) -> None:
         """Take it that the broker is alive: paho counts its silence from now on."""
         self._last_bytes_received = time.monotonic()
         self._ping_t = 0.0
@@ -228,7 +228,7 @@ class InFlight:
         # Not by the packet id alone: Mosquitto 2.0 counts on when all of them are in use.
         if known is not None and known.payload == payload and known.topic == topic:
             return
-        if len(self.messages) >= IN_HAND_MESSAGES_MAX or self._bytes >= IN_HAND_BYTES_MAX:
+        if len(self.messages) >= UNSETTLED_MESSAGES_MAX or self._bytes >= UNSETTLED_BYTES_MAX:
             self.overflowed = True
             return
         topic = sys.intern(topic)  # each device's once, not once a message
@@ -266,7 +266,7 @@ class DroppedCount:
         self.messages: int | None = None  # None until the broker says so
         self._said_at = float("-inf")
 
-    def note(self, payload: bytes) -> None:
+    def update(self, payload: bytes) -> None:
         """Note what the broker says; warn of more, at most once a minute."""
         if not payload.isdigit() or len(payload) > DROPPED_DIGITS_MAX:
             return
@@ -298,7 +298,7 @@ class Availability:
         """Return how long to wait before the next try; 0 when it may be now."""
         return self._outage.pause_seconds()
 
-    def begin(self, error: str) -> None:
+    def connecting(self, error: str) -> None:
         """Note a try, and what is to be said if it is ended before it is accepted."""
         self.error, self.error_level = error, logging.WARNING
 
@@ -307,17 +307,17 @@ class Availability:
         self.error = "connection lost"
         self._began_at = time.monotonic()
 
-    def up(self) -> None:
+    def subscribed(self) -> None:
         """Note that the session is up."""
         self.connected = True
-        self._outage.over()
+        self._outage.recovered()
 
     def unreachable(self, error: str) -> None:
         """Note that there is no connection at all."""
         self._short_lived = 0
         self._outage.failed(error)
 
-    def ended(self, *, is_intended: bool) -> None:
+    def disconnected(self, *, is_intended: bool) -> None:
         """Note that the connection has ended."""
         was_connected, self.connected = self.connected, False
         if is_intended:
@@ -421,7 +421,7 @@ class Session:
             self._drop(SILENT.format(where=self._where, seconds=CONNECT_SECONDS_MAX))
         return may_have_more
 
-    def read_more(self) -> bool:
+    def read_available(self) -> bool:
         """Read if there is something to read; tell whether there may be more."""
         return self.socket is not None and self.loop(0)
 
@@ -429,7 +429,7 @@ class Session:
         """Write what is to be written, a ping when it is due among it, and read nothing."""
         if self.socket is not None:
             # The broker's answers are among what is not read, so its silence means nothing.
-            self._client.heard()
+            self._client.note_broker_alive()
             self._client.loop_write()
             self._client.loop_misc()
 
@@ -464,14 +464,14 @@ class Session:
         """Read once, take what has come, and tell whether there may be more."""
         if not (data := self._client.read()):
             return False
-        self._client.heard()
+        self._client.note_broker_alive()
         received_at, arrived_at = datetime.now(UTC), time.monotonic()
         pubcomps = []
         try:
             for packet in self._reader.packets(data):
                 if isinstance(packet, Publish):
                     if packet.topic == DROPPED_TOPIC:
-                        self.dropped.note(packet.payload)
+                        self.dropped.update(packet.payload)
                     else:
                         self.in_flight.add(packet, received_at, arrived_at)
                 elif isinstance(packet, Puback):
@@ -495,7 +495,7 @@ class Session:
         return is_full or isinstance(self.socket, ssl.SSLSocket)
 
     def _connect(self) -> bool:
-        self.availability.begin(UNANSWERED.format(where=self._where))
+        self.availability.connecting(UNANSWERED.format(where=self._where))
         self._reader = PacketReader()
         self.unconfirmed.clear()
         host, port = self._settings.mqtt_host, self._settings.mqtt_port
@@ -539,7 +539,7 @@ class Session:
             return
         # Only now: who reads this may publish, and nothing of it is lost.
         log.info("MQTT connected rc=Success; subscribing %s", self._settings.topics.events)
-        self.availability.up()
+        self.availability.subscribed()
 
     def _on_disconnect(
         self, _client: Any, _user: Any, _flags: Any, _reason_code: Any, _props: Any
@@ -547,7 +547,7 @@ class Session:
         # Not settled, so the broker will send them again.
         self.in_flight = InFlight(self.connection)
         self._connack_by = float("inf")
-        self.availability.ended(is_intended=self._is_leaving)
+        self.availability.disconnected(is_intended=self._is_leaving)
         self._is_leaving = False
 
 
@@ -578,7 +578,7 @@ class Broker:
         return self._session.dropped.messages
 
     @property
-    def in_hand(self) -> int:
+    def unsettled(self) -> int:
         """How many messages have arrived and are not settled."""
         return len(self.messages)
 
@@ -588,22 +588,22 @@ class Broker:
         return self._session.in_flight.messages
 
     @property
-    def oldest_in_hand_seconds(self) -> float:
+    def oldest_unsettled_seconds(self) -> float:
         """How long ago the oldest of them arrived."""
         return time.monotonic() - self.messages[0].arrived_at if self.messages else 0.0
 
     def receive(self, messages_max: int, seconds_max: float) -> list[Message]:
-        """Return the oldest messages in hand, up to a batch; wait only if there is none.
+        """Return the oldest unsettled messages, up to a batch; wait only if there is none.
 
-        They stay in hand, and come again with the next call, until settle() or until the
+        They stay unsettled, and come again with the next call, until settle() or until the
         connection is lost.
         """
         session = self._session
         may_have_more = True
-        if not self.in_hand or len(session.unconfirmed) > REPLIES_OUTSTANDING_MAX:
+        if not self.unsettled or len(session.unconfirmed) > REPLIES_OUTSTANDING_MAX:
             may_have_more = session.loop(seconds_max)
-        while may_have_more and self.in_hand < messages_max:
-            may_have_more = session.read_more()
+        while may_have_more and self.unsettled < messages_max:
+            may_have_more = session.read_available()
         if len(session.unconfirmed) > REPLIES_OUTSTANDING_MAX:
             return []  # what would confirm them may come behind much else: read on first
         return session.in_flight.batch(messages_max)
@@ -611,7 +611,7 @@ class Broker:
     @property
     def sockets(self) -> list[Any]:
         """What to look at for more, if there is room for it while a batch is being stored."""
-        room = 2 * self._settings.batch_max - self.in_hand
+        room = 2 * self._settings.batch_max - self.unsettled
         has_room = room > 0 and not self._session.in_flight.overflowed
         return [sock] if has_room and (sock := self._session.socket) else []
 
@@ -622,7 +622,7 @@ class Broker:
         there is no more room: the last read may bring more, up to READ_AHEAD_BYTES. Does not
         connect again.
         """
-        while self.sockets and self._session.read_more():
+        while self.sockets and self._session.read_available():
             pass
         if not self.sockets:
             self._session.keep_alive()
@@ -646,7 +646,7 @@ class Broker:
         if not self._answer(replies, batch):
             return
         session.in_flight.settled(batch)
-        if session.in_flight.overflowed and not self.in_hand:
+        if session.in_flight.overflowed and not self.unsettled:
             log.info("MQTT: reconnecting, so that the broker sends again what was too much to hold")
             session.disconnect()
 

@@ -4,9 +4,9 @@ What it does: stores events exactly once and says of each what became of it; kee
 letters; deletes what is old. What it does not: know psycopg2 (connection.py does), retry, wait
 between tries or know of MQTT.
 
-Invariant: what finish_insert() calls STORED or DUPLICATE is committed once keep() has
-returned, and so is what keep() gives an id to. Every method may be called again after
-StoreUnavailable and does no harm.
+Invariant: what finish_insert() calls STORED or DUPLICATE is committed once insert_dead_letters()
+has returned, and so are the dead letters that it returns an id for. Every method may be called
+again after StoreUnavailable and does no harm.
 
 Each statement commits by itself, which costs half of an explicit transaction (0.23 against
 0.45 ms for a batch of one). Between the events of a batch and its dead letters that is
@@ -61,14 +61,14 @@ _COMPARE = (
     " WHERE events.event_id = ANY(%s)"
 )
 # What comes again was refused again, so it needs somebody's attention again.
-_KEEP = (
+_UPSERT_DEAD_LETTERS = (
     f"INSERT INTO dead_letters (digest, times, last_received_at, {', '.join(DeadLetter._fields)})"
     " VALUES {rows} ON CONFLICT (digest) DO UPDATE SET"
     " times = dead_letters.times + excluded.times, error = excluded.error,"
     " last_received_at = greatest(dead_letters.last_received_at, excluded.last_received_at),"
     " replayed_at = NULL, replay_outcome = NULL RETURNING digest, id"
 )
-_KEEP_ROW = f"({', '.join(['%s'] * (3 + len(DeadLetter._fields)))})"
+_DEAD_LETTER_ROW = f"({', '.join(['%s'] * (3 + len(DeadLetter._fields)))})"
 DROPPED = "the database dropped it: neither stored nor refused, as by a trigger that returns NULL"
 
 
@@ -202,10 +202,10 @@ class Store:
         """Insert the events; return the ids inserted, and those refused by their number.
 
         One bad row fails its whole statement. Then a transaction is opened, in which each
-        statement has a savepoint, and which keep() commits with the dead letters: so what was
-        found is not lost. The number of rows is halved at each failure and doubled at each
-        success, so that few bad rows are found in few statements, and many in about as many
-        as there are rows.
+        statement has a savepoint. insert_dead_letters() commits it with the dead letters, so
+        that what was found is not lost. The number of rows is halved at each failure and doubled
+        at each success: few bad rows are found in few statements, and many in about as many as
+        there are rows.
         """
         inserted: set[str] = set()
         refused: dict[int, Rejection] = {}
@@ -271,17 +271,17 @@ class Store:
                 outcomes[number] = Outcome.DUPLICATE
         return outcomes
 
-    def keep(self, letters: Sequence[DeadLetter]) -> list[int]:
+    def insert_dead_letters(self, letters: Sequence[DeadLetter]) -> list[int]:
         """Keep the dead letters, equal ones as one row; return their ids in the same order.
 
         Commits them, with what finish_insert() may have left open, and even if there are none.
         """
-        ids = self._keep(letters) if letters else []
+        ids = self._upsert_dead_letters(letters) if letters else []
         if self._connection.in_transaction:
             self._connection.commit()
         return ids
 
-    def _keep(self, letters: Sequence[DeadLetter]) -> list[int]:
+    def _upsert_dead_letters(self, letters: Sequence[DeadLetter]) -> list[int]:
         digests = [_digest(letter) for letter in letters]
         # ON CONFLICT DO UPDATE takes no row twice.
         groups: dict[bytes, list[DeadLetter]] = {}
@@ -293,7 +293,7 @@ class Store:
             first, last = groups[digest][0], groups[digest][-1]
             values += (digest, len(groups[digest]), last.received_at)
             values += last._replace(received_at=first.received_at)
-        sql = _KEEP.format(rows=", ".join([_KEEP_ROW] * len(groups)))
+        sql = _UPSERT_DEAD_LETTERS.format(rows=", ".join([_DEAD_LETTER_ROW] * len(groups)))
         ids = {bytes(digest): letter_id for digest, letter_id in self._connection.run(sql, values)}
         return [ids[digest] for digest in digests]
 

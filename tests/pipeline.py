@@ -102,7 +102,7 @@ def insert(store: Store, events: Sequence[Event]) -> list[Outcome | Rejection]:
     """Insert the events and commit, as ingest() does with the dead letters it makes of them."""
     store.begin_insert(events)
     outcomes = store.finish_insert()
-    store.keep([])
+    store.insert_dead_letters([])
     return outcomes
 
 

@@ -85,7 +85,7 @@ def test_a_message_says_whether_it_was_retained_and_when_it_came(
             monkeypatch.setattr(broker_module, "datetime", datetime.datetime)
             assert [old.retain, new.retain] == [True, False]  # the second one came at once
             assert began_at < old.arrived_at <= new.arrived_at < time.monotonic()
-            assert 0 < broker.oldest_in_hand_seconds < 60
+            assert 0 < broker.oldest_unsettled_seconds < 60
 
 
 # --- QoS 2 -------------------------------------------------------------------------------
@@ -240,7 +240,7 @@ def test_what_is_sent_again_over_the_same_connection_is_in_hand_once(pipeline: P
         assert [message.mid for message in broker.messages] == list(range(1, number + 2))
         batch = receive(broker, number + 1)
         broker.settle(batch, acks_for(batch))
-        assert broker.in_hand == 0
+        assert broker.unsettled == 0
         device.wait(lambda: len(device.acks) == number + 1, "an ACK for each")
         assert len(device.acks) == number + 1
 
@@ -458,7 +458,7 @@ def test_a_session_that_is_not_read_for_long_is_kept(
                 time.sleep(0.05)
 
         serve_for(4)
-        assert 10 <= broker.in_hand <= 12
+        assert 10 <= broker.unsettled <= 12
         settled = 0
         while settled < number:
             if settled == 50:

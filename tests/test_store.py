@@ -60,7 +60,7 @@ def test_events_are_stored_once_and_come_out_in_the_order_given(
 
 def test_no_events_are_no_work(store: Store) -> None:
     assert insert(store, []) == []
-    assert store.keep([]) == []
+    assert store.insert_dead_letters([]) == []
 
 
 def test_repeats_within_a_batch_are_compared_with_the_first_of_them(
@@ -227,7 +227,7 @@ def test_an_answer_that_comes_at_once_is_an_answer_like_any_other(
     for number in range(1_000):
         store.begin_insert([make(f"bad-{number}", value_num=30.0)])
         assert "check constraint" in refused(store.finish_insert()[0])
-        store.keep([])
+        store.insert_dead_letters([])
 
 
 def test_dead_letters_are_kept_whole(store: Store, database: Database) -> None:
@@ -236,7 +236,7 @@ def test_dead_letters_are_kept_whole(store: Store, database: Database) -> None:
         DeadLetter(NOON, Reason.NOT_JSON, "bad", "qs/v1/d/events", "d", None, payload)
         for payload in payloads
     ]
-    ids = store.keep(letters)
+    ids = store.insert_dead_letters(letters)
     rows = database.query("SELECT id, reason, received_at, payload FROM dead_letters")
     kept = {(row[0], row[1], row[2], bytes(row[3])) for row in rows}
     assert kept == {

@@ -66,13 +66,13 @@ _COUNT = (
 
 
 class DeadLetterTable(Store):
-    """A Store whose keep() keeps nothing: what a replay refuses is in the table already."""
+    """A Store that inserts no dead letter: what a replay refuses is in the table already."""
 
     _refused: Sequence[DeadLetter] = ()
 
-    def keep(self, letters: Sequence[DeadLetter]) -> list[int]:
+    def insert_dead_letters(self, letters: Sequence[DeadLetter]) -> list[int]:
         """Commit what was stored, and remember what was refused; the ids are no one's."""
-        super().keep(())
+        super().insert_dead_letters(())
         self._refused = letters
         return [0] * len(letters)
 
