@@ -15,9 +15,10 @@ from typing import Any
 
 import pytest
 
-from ingester.connection import FAULTS, Fault, StoreUnavailable, fault_of
+from ingester.connection import StoreUnavailable
 from ingester.event import Event
 from ingester.rejection import DeadLetter, Reason, Rejection
+from ingester.sqlstate import FAULTS, Fault, fault_of
 from ingester.store import Outcome, Store
 from tests.pipeline import Database, insert
 
