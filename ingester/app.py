@@ -24,7 +24,8 @@ from typing import Any
 
 from dotenv import load_dotenv
 
-from ingester.broker import Broker, UnknownPaho
+from ingester.broker import Broker
+from ingester.client import UnknownPaho
 from ingester.connection import LOOK_SECONDS, StoreUnavailable
 from ingester.decoder import Decoder
 from ingester.ingest import ingest

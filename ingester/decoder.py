@@ -13,9 +13,9 @@ from datetime import tzinfo
 from itertools import islice
 from typing import NamedTuple
 
-from ingester.broker import Message
 from ingester.event import Decoded
 from ingester.event import decode as decode_payload
+from ingester.message import Message
 from ingester.rejection import Reason, Rejection
 from ingester.topic import Topics
 

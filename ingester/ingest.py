@@ -12,9 +12,9 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from ingester.broker import Message
 from ingester.decoder import DecodedMessage, Decoder
 from ingester.event import ARRAY_EVENTS_MAX, Event
+from ingester.message import Message
 from ingester.payload import elements
 from ingester.rejection import DeadLetter, Reason, Rejection
 from ingester.reply import Reply, ack, ack_for, dead_letter_for

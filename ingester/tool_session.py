@@ -19,7 +19,8 @@ from paho.mqtt import client as paho
 from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode
 from paho.mqtt.reasoncodes import ReasonCode
 
-from ingester.broker import CONNECT_SECONDS_MAX, UNANSWERED, right_to_read
+from ingester.availability import UNANSWERED, right_to_read
+from ingester.client import CONNECT_SECONDS_MAX
 from ingester.settings import Settings
 from ingester.tls import explain
 

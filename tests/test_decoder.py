@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ingester import decoder as decoder_module
-from ingester.broker import Message
 from ingester.decoder import AHEAD_EVENTS, EVENTS_MAX, DecodedMessage, Decoder
+from ingester.message import Message
 from ingester.topic import Topics
 from tests.device import event
 

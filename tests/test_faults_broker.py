@@ -17,7 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from ingester.broker import Broker, Message
+from ingester.broker import Broker
+from ingester.message import Message
 from ingester.settings import Settings
 from tests.device import Device, event
 from tests.findings import Finding, find

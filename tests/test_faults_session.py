@@ -22,6 +22,7 @@ from paho.mqtt.enums import CallbackAPIVersion
 from ingester import broker as broker_module
 from ingester import mqtt
 from ingester.broker import DROPPED_TOPIC
+from ingester.client import Client
 from tests.device import Device, event
 from tests.findings import find
 from tests.load import connects, hear_all
@@ -441,7 +442,7 @@ def test_a_session_that_is_not_read_for_long_is_kept(
 ) -> None:
     """With a keepalive of 1 s, after which the broker waits for 0.5 s more."""
     monkeypatch.setattr(broker_module, "KEEPALIVE_SECONDS", 1)
-    monkeypatch.setattr(broker_module, "READ_AHEAD_BYTES", 300)
+    monkeypatch.setattr(Client, "READ_BYTES_MAX", 300)
     number = 500
     with (
         tapped(pipeline) as tap,

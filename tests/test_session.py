@@ -30,9 +30,12 @@ from paho.mqtt.enums import CallbackAPIVersion
 from ingester import broker as broker_module
 from ingester import decoder as decoder_module
 from ingester import event as event_module
+from ingester import message as message_module
 from ingester.app import Daemon
-from ingester.broker import Broker, Client, Message
+from ingester.broker import Broker
+from ingester.client import Client
 from ingester.event import Event
+from ingester.message import Message
 from ingester.reply import Reply
 from ingester.settings import Settings
 from ingester.store import Outcome, Store
@@ -369,7 +372,7 @@ def test_a_connection_that_brings_what_is_not_mqtt_is_ended_and_made_anew(
 def test_a_packet_that_a_lost_connection_has_begun_is_not_ended_by_the_next(
     pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(broker_module, "READ_AHEAD_BYTES", 1_001)
+    monkeypatch.setattr(Client, "READ_BYTES_MAX", 1_001)
     number = 300
     with (
         tapped(pipeline) as tap,
@@ -512,7 +515,7 @@ def test_while_the_database_works_a_batch_more_is_taken_in_hand_and_no_more(
     pipeline: Pipeline, database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The lock is released by what is called meanwhile: without it, no answer comes in time."""
-    monkeypatch.setattr(broker_module, "READ_AHEAD_BYTES", 100)  # no two packets at once
+    monkeypatch.setattr(Client, "READ_BYTES_MAX", 100)  # no two packets at once
     seen: list[int] = []
     with (
         ExitStack() as lock,
@@ -592,7 +595,7 @@ def test_while_the_database_works_the_next_batch_is_decoded(
 def test_what_was_too_much_to_hold_is_sent_again_even_if_each_insert_lets_messages_come_in(
     pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(broker_module, "UNSETTLED_MESSAGES_MAX", 20)
+    monkeypatch.setattr(message_module, "UNSETTLED_MESSAGES_MAX", 20)
     with pipeline.device() as device, session(pipeline, BATCH_MAX="10") as broker:
         publish(device, range(50))
 

@@ -110,8 +110,8 @@ def importers(package: str) -> set[str]:
     return {name for name, module in modules("ingester").items() if package in packages(module)}
 
 
-def test_only_the_broker_and_the_tools_session_import_paho() -> None:
-    assert importers("paho") == {"ingester/broker.py", "ingester/tool_session.py"}
+def test_only_the_client_and_the_tools_session_import_paho() -> None:
+    assert importers("paho") == {"ingester/client.py", "ingester/tool_session.py"}
 
 
 def test_only_the_connection_imports_psycopg2() -> None:

@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 from datetime import datetime
 from typing import NamedTuple
 
-from ingester.broker import Message
 from ingester.decoder import Decoder
 from ingester.ingest import ingest
+from ingester.message import Message
 from ingester.rejection import DeadLetter
 from ingester.settings import Settings
 from ingester.store import Store
