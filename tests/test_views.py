@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from psycopg2 import errors, extras
 
 from tests.pipeline import Database
-from tests.test_tidy import chapter
+from tests.test_rules import chapter
 from tools.stack import Stack
 
 VIEWS = {
