@@ -7,25 +7,30 @@ install any (tools/bootstrap does). It finds child processes in /proc, so it is 
 Invariant: a process that was stopped or killed here is gone, and its children with it.
 """
 
+import errno
 import functools
 import glob
 import hashlib
 import os
 import pwd
 import random
+import resource
 import shutil
 import signal
 import socket
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 LOOPBACK = "127.0.0.1"
+# For the broker. Usual is 1,024, and a connection takes one. Not without a limit: its websockets
+# allocate some bytes for each that is allowed, and some systems allow a thousand million.
+OPEN_FILES = 16_384
 Account = pwd.struct_passwd
 
 
@@ -33,19 +38,29 @@ class StackError(Exception):
     """A process did not do what it should; the text says what, with the end of its log."""
 
 
-class MissingProgramError(StackError):
-    """A program that is needed is not installed."""
+class SetupError(StackError):
+    """Something on this machine is to be changed first; nothing was started."""
 
 
 # --- the machine ---------------------------------------------------------------------
 
 
+def port_problem(port: int, host: str = "") -> str:
+    """Why no server can listen there, or nothing; without a host: on all addresses, IPv6 too."""
+    for family in [socket.AF_INET] if host else [socket.AF_INET, socket.AF_INET6]:
+        try:
+            socket.create_server((host, port), family=family).close()
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                return "is taken"
+            if family == socket.AF_INET or error.errno == errno.EACCES:
+                return f"cannot be used ({error.strerror})"
+            # Else there is no IPv6 here.
+    return ""
+
+
 def port_is_free(port: int, host: str = "") -> bool:
-    try:
-        socket.create_server((host, port)).close()
-    except OSError:
-        return False
-    return True
+    return not port_problem(port, host)
 
 
 def free_port() -> int:
@@ -58,6 +73,23 @@ def free_port() -> int:
     raise StackError("no free port between 20000 and 32000")
 
 
+def open_files_max() -> int:
+    """How many files a process may be allowed to open, of OPEN_FILES."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    return OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
+
+
+@contextmanager
+def many_open_files() -> Iterator[None]:
+    """Lets what is started in the block open so many; it also holds, if more were allowed."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (open_files_max(), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
 def search_path(postgres_version: str = "[0-9]*") -> str:
     """PATH, and what Debian keeps off it: mosquitto, and PostgreSQL's server, newest first."""
     folders = glob.glob(f"/usr/lib/postgresql/{postgres_version}/bin")
@@ -68,7 +100,7 @@ def search_path(postgres_version: str = "[0-9]*") -> str:
 def require(*programs: str) -> None:
     missing = [name for name in programs if shutil.which(name, path=search_path()) is None]
     if missing:
-        raise MissingProgramError(
+        raise SetupError(
             f"not installed: {', '.join(missing)}. On Debian or Ubuntu tools/bootstrap installs "
             "what is missing (mosquitto mosquitto-clients postgresql pgbouncer); or use Docker"
         )
@@ -97,15 +129,20 @@ def run_as(account: Account | None) -> dict[str, Any]:
     return {"user": account.pw_uid, "group": account.pw_gid, "extra_groups": []}
 
 
+def give_access(folder: Path, account: Account | None) -> bool:
+    """Lets everybody into `folder`; says whether `account` gets there now."""
+    if account is None:
+        return True
+    folder.chmod(0o755)
+    test = ["test", "-x", str(folder)]
+    return subprocess.run(test, check=False, **run_as(account)).returncode == 0
+
+
 def reachable_folder(folder: Path, account: Account | None) -> Path:
     """Makes `folder`; or one in /var/tmp, if `account` cannot get there (below /root)."""
     folder = folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    if account is None:
-        return folder
-    folder.chmod(0o755)
-    test = ["test", "-x", str(folder)]
-    if subprocess.run(test, check=False, **run_as(account)).returncode == 0:
+    if give_access(folder, account) or account is None:
         return folder
     digest = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:12]
     instead = Path("/var/tmp", f"homelab-stack-{digest}")
@@ -174,6 +211,7 @@ class Process:
     """One child process and its log file: what each of the stack is."""
 
     stop_signal = signal.SIGTERM
+    stop_seconds = 15.0  # then it is killed
 
     def __init__(self, name: str, log_file: Path, account: Account | None = None) -> None:
         self.name = name
@@ -215,7 +253,7 @@ class Process:
         lines = self.log(self.log_start).splitlines()[-20:] or ["(nothing in its log)"]
         return "\n".join(f"    {line}" for line in lines)
 
-    def stop(self, timeout: float = 15.0) -> int:
+    def stop(self, timeout: float | None = None) -> int:
         """Ends it politely, after `timeout` seconds by force; returns the exit code."""
         if self._process is None:
             return 0
@@ -223,7 +261,7 @@ class Process:
             if self.running:
                 self._send([self.pid], self.stop_signal)
                 self.resume()  # a paused process does not see the signal otherwise
-            return self._process.wait(timeout)
+            return self._process.wait(self.stop_seconds if timeout is None else timeout)
         except subprocess.TimeoutExpired:
             return self.kill()
         finally:

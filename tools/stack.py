@@ -32,6 +32,7 @@ from tools.process import (
     chown_tree,
     clean_environment,
     free_port,
+    many_open_files,
     reachable_folder,
     require,
     run,
@@ -50,6 +51,8 @@ MQTT_CONNECT = b"\x10\x0c\x00\x04MQTT\x04\x02\x00\x0a\x00\x00\xe0\x00"
 
 class Mosquitto(Process):
     """The broker with the project's configuration; its data and its log are in `folder`."""
+
+    stop_seconds = 60.0  # it writes down its queue, which may be 1 GB
 
     def __init__(
         self,
@@ -78,9 +81,10 @@ class Mosquitto(Process):
         config_file = self.folder / "mosquitto.conf"
         config_file.write_text(self._config())
         chown_tree(self.folder, self.account)
-        self._spawn(["mosquitto", "-c", str(config_file)], clean_environment(), self.folder)
+        with many_open_files():
+            self._spawn(["mosquitto", "-c", str(config_file)], clean_environment(), self.folder)
 
-    def wait_ready(self, timeout: float = 15.0) -> None:
+    def wait_ready(self, timeout: float = 120.0) -> None:
         self.wait_until(self._answers, f"answering on port {self.port}", timeout)
 
     def _answers(self) -> bool:
@@ -114,6 +118,7 @@ class Postgres(Process):
     """The database server, on 127.0.0.1. `settings` are those of postgresql.conf."""
 
     stop_signal = signal.SIGINT  # does not wait for clients to leave
+    stop_seconds = 90.0  # it writes out what it holds, on a memory card slowly
 
     def __init__(
         self,
@@ -151,7 +156,7 @@ class Postgres(Process):
         options = [f"--{name}={value}" for name, value in settings.items()]
         self._spawn(["postgres", "-D", str(self.data), *options], self._environment(), self.folder)
 
-    def wait_ready(self, timeout: float = 60.0) -> None:
+    def wait_ready(self, timeout: float = 300.0) -> None:
         probe = ["pg_isready", "-q", "-h", LOOPBACK, "-p", str(self.port)]
         environment = self._environment()
         self.wait_until(
@@ -179,6 +184,12 @@ class Postgres(Process):
         except StackError as error:
             hint = "(The database's name, user and password are those it was first made with.)"
             raise StackError(f"{error}\n{hint}") from None
+
+    def restore(self, file: Path) -> None:
+        """Fills the empty database from a backup, with the roles that it names; all or nothing."""
+        self.psql("CREATE ROLE ingester; CREATE ROLE reader")
+        options = ["--single-transaction", "--dbname", self.dbname]
+        self._client(["pg_restore", *options, str(file.absolute())], None)
 
     def create_database(self, name: str, template: str | None = None) -> None:
         clause = f" TEMPLATE {_quoted(template)}" if template else ""
