@@ -30,7 +30,7 @@ from dotenv import dotenv_values
 from tests.compose import copy_checkout
 from tests.device import Device, event
 from tests.test_compose import LISTENS, readme_commands
-from tests.test_tidy import chapter
+from tests.test_rules import chapter
 from tools import storage
 from tools.process import CHECKOUT, LOOPBACK, OPEN_FILES, Process, SetupError, free_port, run
 from tools.stack import MQTT_CONNECT, Mosquitto
