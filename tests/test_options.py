@@ -68,7 +68,7 @@ PORTS = (
     "POSTGRES_PORT",
     "MQTT_PORT_PUBLISHED",
     "MQTT_TLS_PORT_PUBLISHED",
-    "MQTT_WEBSOCKET_PORT_PUBLISHED",
+    "MQTT_WEBSOCKET_PORT",
 )
 # What the options name, and .env cannot bring: names in the network, files in containers.
 GIVEN = """
