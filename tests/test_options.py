@@ -180,6 +180,24 @@ def shown(stack: SecureStack, request: pytest.FixtureRequest) -> Iterator[Secure
         print(stack.trouble())
 
 
+def close(stack: Compose) -> None:
+    """Close to others what git has in the broker's folders, as umask 077 does."""
+    for name in ("data", "log"):
+        folder = stack.folder / "mosquitto" / name
+        (folder / ".gitignore").chmod(0o600)
+        folder.chmod(0o700)
+
+
+def git_sees_its_files(stack: Compose) -> bool:
+    """Whether the checkout's owner, who is not the broker's user, may see and read them."""
+    folders = [stack.folder / "mosquitto" / name for name in ("data", "log")]
+    return all(
+        folder.stat().st_mode & 0o055 == 0o055
+        and (folder / ".gitignore").stat().st_mode & 0o044 == 0o044
+        for folder in folders
+    )
+
+
 # --- what is the same in all of them ----------------------------------------------------
 
 
@@ -260,6 +278,7 @@ def test_a_port_that_is_taken_is_named_and_every_other_option_serves_in_compose(
     ports = {name: str(free_port()) for name in PORTS}
     assert len(set(ports.values())) == len(ports)
     make_given(stack)
+    close(stack)
     stack.environment["COMPOSE_FILE"] = "docker-compose.yml:given.yml:broker.yml"
     # Of each password, once the variable and once the file; of both at once, the ingester would
     # take one, or neither.
@@ -272,6 +291,7 @@ def test_a_port_that_is_taken_is_named_and_every_other_option_serves_in_compose(
         try_all(stack, Asker(ports["MQTT_PORT_PUBLISHED"], f"plain-{number}"), str(number))
         assert rows(settings)[f"plain-{number}-{number}"] == UTC_TIME
     assert "u'someone')" in stack.log("mosquitto")
+    assert git_sees_its_files(stack)
 
 
 def test_every_option_serves_in_the_overlay_and_the_access_rights_follow(
@@ -285,7 +305,9 @@ def test_every_option_serves_in_the_overlay_and_the_access_rights_follow(
     stack.setup("broker.lan", "database.lan")
     set_passwords(stack)
     stack.add_device("before")
+    close(stack)
     stack.up()
+    assert git_sees_its_files(stack)
     stack.add_device("while:up")
     port = settings["MQTT_TLS_PORT_PUBLISHED"]
     for device_id in ("before", "while:up"):
