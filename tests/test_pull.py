@@ -1,6 +1,6 @@
 """An upgrade of the checkout itself, by git: what its owner has edited, and what is new, stay.
 
-What it does: types the README's commands of the chapter "Upgrade", as far as they are git's, in
+What it does: types the commands of the documents' chapter "Upgrade", as far as they are git's, in
 clones that stand where each earlier version ended. What it does not: run the stack, whose half
 of an upgrade is in test_upgrade.py and test_backup.py.
 
@@ -106,12 +106,18 @@ def commit_of(version: str) -> str:
     return last_commits()[version]
 
 
+def documents() -> dict[str, str]:
+    """What a user reads, but for the changelog, which speaks of what was."""
+    paths = [*CHECKOUT.glob("*.md"), *CHECKOUT.glob("docs/*.md"), *CHECKOUT.glob("overlays/*/*.md")]
+    return {str(path): path.read_text("utf-8") for path in paths if path.name != "CHANGELOG.md"}
+
+
 def chapter() -> str:
-    """The README's chapter "Upgrade"."""
-    text = (CHECKOUT / "README.md").read_text("utf-8")
-    found = re.search(r"^### Upgrade\n(.*?)(?=^#{1,3} )", text, re.MULTILINE | re.DOTALL)
-    assert found
-    return found[1]
+    """The documents' chapter "Upgrade"."""
+    (text,) = re.findall(
+        r"^#+ Upgrade\n(.*?)(?=^#|\Z)", "\n".join(documents().values()), re.MULTILINE | re.DOTALL
+    )
+    return str(text)
 
 
 def command(start: str) -> str:
@@ -250,6 +256,5 @@ def test_a_conflict_with_what_its_owner_has_committed_is_settled_as_the_readme_s
 
 
 def test_no_document_speaks_of_a_tag_that_is_not_there() -> None:
-    for name in ("README.md", "SECURITY.md", "overlays/secure/README.md"):
-        text = (CHECKOUT / name).read_text("utf-8")
+    for name, text in documents().items():
         assert not re.findall(r"\bgit tags?\b|--tags\b|\bcheckout v\d", text), name
