@@ -33,6 +33,7 @@ write_acl() {
 # owner of a checkout made under umask 077 could not. Root may do it to its own files alone here.
 show_to_git() {
     for file in /mosquitto/*/.gitignore; do
+        [ -w "$file" ] || continue
         for path in "${file%/*}" "$file"; do
             owner=$(stat -c %u:%g "$path")
             chown 0:0 "$path"
@@ -44,9 +45,9 @@ show_to_git() {
 
 case $1 in
 start)
+    show_to_git
     check server.key
     check passwords
-    show_to_git
     mkdir -p "$rights"
     write_acl
     cp "$given" "$used"
