@@ -23,7 +23,7 @@ from dotenv import dotenv_values
 
 from tests import compose
 from tests.certificates import Authority
-from tests.compose import BROKER, Compose
+from tests.compose import Compose
 from tests.device import event
 from tests.pipeline import wait_until
 from tests.secure import OVERLAY, PASSWORD_FILES, SecureStack, missing_rights
@@ -138,7 +138,7 @@ def make_given(stack: Compose) -> None:
             os.chown(path, user, user)
     (given / "broker/password").write_text("")
     mount = f"{given}/broker:/given"
-    stack.run("docker", "run", "--rm", "--user", "1883", "-v", mount, BROKER,
+    stack.run("docker", "run", "--rm", "--user", "1883", "-v", mount, stack.broker,
               "mosquitto_passwd", "-b", "/given/password", "someone", PASSWORD)  # fmt: skip
     base = (stack.folder / "mosquitto/config/mosquitto.conf").read_text()
     (given / "mosquitto.conf").write_text(base + BROKERS_TLS)
