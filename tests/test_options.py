@@ -327,10 +327,12 @@ def set_passwords(stack: SecureStack) -> None:
     """Put the password into each file that holds one alone, and the broker's into its list."""
     for name in PASSWORD_FILES:
         (stack.secrets / name).write_text(f"{PASSWORD}\n")
+    users = stack.secrets / "broker/passwords"
+    others = [line for line in users.read_text().splitlines() if "homelab-ingester:" not in line]
+    users.write_text("\n".join(others) + "\n")
     script = """
         here=$PWD/overlays/secure
         . overlays/secure/common.sh
-        users "$secrets/broker" remove homelab-ingester
         users "$secrets/broker" add homelab-ingester <"$secrets/mqtt_ingester_password"
     """
     stack.run("sh", "-ec", script)
