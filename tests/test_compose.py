@@ -122,12 +122,18 @@ def test_a_service_that_dies_is_started_again_and_no_log_fills_the_disk(stack: C
         assert config["LogConfig"]["Config"] == {"max-size": "10m", "max-file": "3"}
 
 
-def test_no_process_of_the_ingester_is_root_or_can_become_it(stack: Compose) -> None:
-    statuses = stack.compose("exec", "ingester", "sh", "-c", "cat /proc/[0-9]*/status")
-    processes = [
+def processes_of(stack: Compose, container: str) -> list[dict[str, str]]:
+    """What the kernel says of each process in a container, and of the one that looks."""
+    look = ("docker", "exec", "--user", "10001:10001", container)
+    statuses = stack.run(*look, "sh", "-c", "cat /proc/[0-9]*/status").stdout
+    return [
         dict(line.split(":\t", 1) for line in block.splitlines() if ":\t" in line)
         for block in re.split(r"^(?=Name:)", statuses, flags=re.M)[1:]
     ]
+
+
+def test_no_process_of_the_ingester_is_root_or_can_become_it(stack: Compose) -> None:
+    processes = processes_of(stack, "homelab-ingester")
     assert "python" in {process["Name"] for process in processes}
     for process in processes:
         assert set(process["Uid"].split()) == set(process["Gid"].split()) == {"10001"}, process
@@ -491,6 +497,11 @@ def test_the_demo_is_not_there_unless_asked_for_and_then_its_events_are_stored(
         host = json.loads(stack.run("docker", "inspect", "homelab-demo").stdout)[0]["HostConfig"]
         assert host["ReadonlyRootfs"]
         assert host["CapDrop"] == ["ALL"]
+        processes = processes_of(stack, "homelab-demo")
+        assert "python" in {process["Name"] for process in processes}
+        for process in processes:  # root has only opened the program
+            assert set(process["Uid"].split()) == set(process["Gid"].split()) == {"10001"}, process
+            assert (int(process["CapEff"], 16), process["NoNewPrivs"]) == (0, "1"), process
         assert host["SecurityOpt"] == ["no-new-privileges:true"]
         assert host["LogConfig"]["Config"] == {"max-size": "10m", "max-file": "3"}
         stack.compose(*demo, "stop", "demo")
