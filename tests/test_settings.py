@@ -430,6 +430,7 @@ def test_a_time_zone_goes_by_its_iana_name(key: str) -> None:
 def test_a_time_zone_that_is_none_is_named(key: str) -> None:
     (problem,) = problems_of(DOTENV | {"DEVICE_DEFAULT_TZ": key})
     assert problem.startswith("DEVICE_DEFAULT_TZ: ")
+    assert "of an old name, such as US/Eastern, write the new one" in problem
 
 
 # What os.environ makes of the byte 0xFF: nothing that UTF-8, and so MQTT, can say.

@@ -38,6 +38,8 @@ start)
     write_acl
     cp "$rights/mosquitto.conf" "$used"
     chown -R 1883:1883 "$used" "$rights"
+    # As in the base file.
+    ulimit -Sn 65536 2>/dev/null || ulimit -Sn "$(ulimit -Hn)"
     exec mosquitto -c "$used" ;;
 reload)
     # One after the other, or the one that began first might end last.
