@@ -476,9 +476,8 @@ NAMED_USER = DOTENV | {"MQTT_USERNAME": "me"}
 
 def secret_file(folder: Path, content: bytes, mode: int = 0o600) -> Path:
     file = folder / "secret"
-    file.touch(mode)
-    file.chmod(mode)
     file.write_bytes(content)
+    file.chmod(mode)
     return file
 
 
