@@ -81,6 +81,7 @@ def put_back(stack: Compose) -> Iterator[Compose]:
 # --- what is there -------------------------------------------------------------------
 
 
+@both_brokers
 def test_all_three_services_are_healthy_and_the_schema_step_has_ended_well(stack: Compose) -> None:
     assert {service: stack.health(service) for service in CONTAINERS} == dict.fromkeys(
         CONTAINERS, "healthy"
@@ -214,6 +215,7 @@ def test_the_ingesters_image_holds_three_packages_and_no_other(stack: Compose) -
     assert names - {"pip"} == {"paho-mqtt", "psycopg2-binary", "python-dotenv"}
 
 
+@both_brokers
 def test_the_log_says_that_both_connections_are_up_and_no_more(stack: Compose) -> None:
     connected, subscribed = stack.log("ingester").splitlines()[:2]
     assert connected.endswith(" INFO Connected to Postgres")
@@ -384,11 +386,24 @@ def test_a_device_over_websocket_hears_that_its_event_is_stored(stack: Compose) 
 # --- stopping and starting -----------------------------------------------------------
 
 
-@pytest.mark.parametrize("how", ["restart", "stop and start"])
-@pytest.mark.parametrize("services", [*CONTAINERS, pytest.param("", id="all")])
+RESTARTS = pytest.mark.parametrize("how", ["restart", "stop and start"])
+
+
+@RESTARTS
+@pytest.mark.parametrize("services", ["postgres", "ingester", pytest.param("", id="all")])
 def test_events_go_on_being_stored_after_a_restart_of(
     stack: Compose, services: str, how: str
 ) -> None:
+    events_are_stored_before_and_after(stack, services, how)
+
+
+@both_brokers
+@RESTARTS
+def test_events_go_on_being_stored_after_a_restart_of_the_broker(stack: Compose, how: str) -> None:
+    events_are_stored_before_and_after(stack, "mosquitto", how)
+
+
+def events_are_stored_before_and_after(stack: Compose, services: str, how: str) -> None:
     name = f"{services or 'all'}-{how.replace(' ', '-')}"
     with Device(1883, name) as device:
         device.deliver([event("before", name)])
@@ -416,6 +431,7 @@ def test_a_killed_ingester_is_started_again(stack: Compose, name: str) -> None:
     stack.wait_healthy()
 
 
+@both_brokers
 def test_a_stopped_ingester_exits_0_within_5_s_and_finds_what_came_meanwhile(
     stack: Compose,
 ) -> None:
