@@ -139,6 +139,9 @@ def test_it_fits_a_machine_of_1_gb_and_waits_for_a_slow_card(
         check = services[name]["healthcheck"]
         assert check["start_period"] in ("2m0s", "5m0s"), name
         assert check["timeout"] == "10s", name
+    # The database shares out what it has in the overlay, too.
+    given = set(" ".join(services["postgres"]["command"]).split(" -c ")[1:])
+    assert given >= {"shared_buffers=64MB", "work_mem=2MB", "max_connections=25"}
     # The broker refuses before the kernel ends it.
     mounted = "overlays/secure" if files else "mosquitto/config"
     text = (stack.folder / mounted / "mosquitto.conf").read_text()
