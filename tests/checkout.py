@@ -4,7 +4,7 @@ What it does: lists the files that git tracks, or would after `git add`. It read
 files itself, and knows of them what ours use: names, `*` in them, a `/` in front or behind, `!`.
 What it does not: ask git, which is not on every machine, and knows nothing of an unpacked ZIP.
 
-Invariant: the list is git's own (test_tidy.py compares them).
+Invariant: the list is git's own (test_rules.py compares them).
 """
 
 import fnmatch
