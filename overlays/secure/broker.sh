@@ -5,10 +5,10 @@
 #   broker.sh reload    as the broker's own user
 set -eu
 
-given=/mosquitto/config/mosquitto.conf
 # What the broker reads. Its listeners stand at the end.
 used=/run/mosquitto.conf
-# And its users' rights, in a folder of its own.
+# And its users' rights, in a folder of its own. Beside them is a copy of what was mounted, which
+# under umask 077 root alone can read.
 rights=/run/mosquitto
 
 # The broker itself takes a key that everybody may read.
@@ -24,7 +24,7 @@ check() {
 
 # Made anew each time, and in one step, so that the broker never reads half.
 write_acl() {
-    (cd /run/broker && sh /mosquitto/users.sh acl) >"$rights/acl.new"
+    (cd /run/broker && sh "$rights/users.sh" acl) >"$rights/acl.new"
     chmod 400 "$rights/acl.new"
     mv -f "$rights/acl.new" "$rights/acl"
 }
@@ -49,9 +49,12 @@ start)
     check server.key
     check passwords
     mkdir -p "$rights"
+    cp /mosquitto/broker.sh /mosquitto/users.sh /mosquitto/config/mosquitto.conf "$rights"
     write_acl
-    cp "$given" "$used"
+    cp "$rights/mosquitto.conf" "$used"
     chown -R 1883:1883 "$used" "$rights"
+    # As in the base file.
+    ulimit -Sn 65536 2>/dev/null || ulimit -Sn "$(ulimit -Hn)"
     exec mosquitto -c "$used" ;;
 reload)
     # One after the other, or the one that began first might end last.
@@ -60,7 +63,7 @@ reload)
     write_acl
     # Without the listeners: where it reads them again, 2.0 forgets their max_connections. It
     # keeps those that it has.
-    sed '/^listener /,$d' "$given" >"$used"
+    sed '/^listener /,$d' "$rights/mosquitto.conf" >"$used"
     # From within: after `docker kill -s HUP` the engine takes the container for stopped by
     # hand, and does not start it again after the machine's next boot.
     kill -HUP 1 ;;
