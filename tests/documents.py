@@ -1,0 +1,180 @@
+"""The commands that the documents show, and why some are not typed by a test.
+
+What it does: finds each command in each document, in fenced blocks and between backticks.
+What it does not: type them. test_compose.py types those of README.md, test_secure.py those of
+the overlay, and the tests named in BLOCKS what has to be typed as a whole.
+
+Invariant: a command that is not in NOT_TYPED is typed by a test, so a new one is as well.
+"""
+
+import re
+import shlex
+import textwrap
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from tools.process import CHECKOUT
+
+README, OVERLAY = "README.md", "overlays/secure/README.md"
+OVERLAYS = (OVERLAY, "SECURITY.md")
+# What a release has changed, and figures of a day: not for typing.
+HISTORY = ("CHANGELOG.md", "benchmark/results/")
+
+# A ```shell block needs a state of its own. It is typed as a whole, by one test for each chapter.
+BLOCKS = {
+    "Backup and restore": "tests/test_backup.py",
+    "Troubleshooting": "tests/test_compose.py",
+}
+
+_ANOTHER_MACHINE = "is for another machine"
+_ITSELF = "runs these tests"
+_NAMED = "is only named; the whole command stands elsewhere and is typed there"
+_NETWORK = "asks a registry for what is newest today"
+_PIP_COMPILE = (
+    ".pip-tools/bin/pip-compile --upgrade --strip-extras --generate-hashes --no-emit-index-url"
+    " --no-emit-find-links"
+)
+_SUDO = "becomes root, and changes files of the machine"
+NOT_TYPED = {
+    "tools/stack up": "runs until Ctrl-C, on ports that a stack here may have taken",
+    "tools/stack up --fresh": "the same",
+    "git pull && docker compose up -d --build --wait": "needs a release that is newer than this",
+    "git fetch --tags && git checkout v0.2.0": "the same",
+    "git pull": _NAMED,
+    "docker compose up": "is only named: without -d it stays in the foreground",
+    "python -m ingester.top": _NAMED,
+    "python -m ingester.deadletters ...": _NAMED,
+    "pg_restore --list": _NAMED,
+    "mosquitto_pub -l": _NAMED,
+    "sudo tar -czf ../homelab.tar.gz .": _SUDO,
+    "sudo tar -xzf homelab.tar.gz -C FOLDER": _ANOTHER_MACHINE,
+    "ss -ltn": "belongs to the machine",
+    "netstat -an | findstr 5432": "is for Windows",
+    "pip install -r ingester/requirements.txt": "is what the image's build does",
+    "tests/run": _ITSELF,
+    "tests/run --faults": _ITSELF,
+    'tests/run -m "not services and not compose"': _ITSELF,
+    "tests/run --faults --write-faults": _ITSELF,
+    "python3 -m venv .pip-tools": _NETWORK,
+    ".pip-tools/bin/pip install pip-tools": _NETWORK,
+    f"{_PIP_COMPILE} ingester/requirements.in": _NETWORK,
+    f"{_PIP_COMPILE} tests/requirements.in": _NETWORK,
+    "rm -r .pip-tools": _NETWORK,
+    "git diff": "only looks, at what the commands above it have changed",
+    "git rev-parse HEAD": "needs a clone; the tests run in what was unpacked from a ZIP, too",
+    "docker compose pull": _NETWORK,
+    "docker compose build --pull": _NETWORK,
+    "tools/bootstrap": "is what tests/run begins with",
+    ".venv/bin/python -m benchmark.run": "takes 20 minutes; test_benchmark.py types --short",
+    ".venv/bin/python -m benchmark.run --short": "test_benchmark.py types it",
+    ".venv/bin/python -m benchmark.run --against FOLDER": "takes 8 minutes",
+    ".venv/bin/python -m benchmark.run --against ../before": "takes 8 minutes",
+    ".venv/bin/python -m benchmark.run --against ../before --rounds 10": "takes longer",
+    "git worktree add ../before COMMIT": "needs a clone with its history",
+}
+
+_FENCE = re.compile(r"^([ ]*)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
+_HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
+_CODE = re.compile(r"`([^`]+)`")
+# What a line of a block without a language, or code between backticks, begins with if it is a
+# command. With nothing behind it, it is only the program's name.
+_COMMAND = re.compile(
+    r"(sudo |[A-Z_]+=\S* )*(docker|git|psql|pg_\w+|mosquitto_\w+|python3?|\.\S+/bin/\w+|pip|npm"
+    r"|tools/\w+|tests/run|overlays/secure/(setup|device)|sudo|du|ss|netstat|systemctl|journalctl"
+    r"|loginctl|openssl|curl|tail|truncate|podman) \S"
+)
+
+
+class Command(NamedTuple):
+    """A command as it is typed; `block` is the fence's word, or "inline"."""
+
+    document: str
+    chapter: str
+    block: str
+    text: str
+
+
+def documents() -> list[str]:
+    """Every document, from the checkout's folder."""
+    hidden = re.compile(r"(^|/)(\.|node_modules/)")
+    paths = (path.relative_to(CHECKOUT).as_posix() for path in CHECKOUT.rglob("*.md"))
+    return sorted(path for path in paths if not hidden.search(path))
+
+
+def commands() -> list[Command]:
+    """Every command of every document, in their order."""
+    return [
+        command
+        for name in documents()
+        if not name.startswith(HISTORY)
+        for command in find(name, text_of(name))
+    ]
+
+
+def find(document: str, text: str) -> Iterator[Command]:
+    """Yield the commands of one document."""
+    chapter = ""
+    end = 0
+    for fence in [*_FENCE.finditer(text), None]:
+        prose = text[end : fence.start() if fence else len(text)]
+        for part in re.split(r"^(?=#+ )", prose, flags=re.MULTILINE):
+            if heading := _HEADING.match(part):
+                chapter = heading[1]
+            for code in _CODE.findall(part):
+                if _COMMAND.match(line := " ".join(code.split())):
+                    yield Command(document, chapter, "inline", line)
+        if fence:
+            for line in _lines(fence[2], textwrap.dedent(fence[3])):
+                yield Command(document, chapter, fence[2], line)
+            end = fence.end()
+
+
+def _lines(word: str, block: str) -> Iterator[str]:
+    """Yield the commands of one fenced block, each with all its lines and without its comment."""
+    lines = iter(block.splitlines())
+    for line in lines:
+        if word == "console":
+            if line.startswith("$ "):
+                yield line[2:]
+        elif word in ("sh", "shell", "powershell") or (not word and _COMMAND.match(line)):
+            while not _is_whole(line):
+                line += "\n" + next(lines)
+            yield re.sub(r"\s+# .*", "", line)
+
+
+def _is_whole(command: str) -> bool:
+    try:
+        shlex.split(command, comments=True)
+    except ValueError:  # a quotation is open, or a backslash ends the line
+        return False
+    return True
+
+
+def to_type(*wanted: str) -> list[str]:
+    """The commands of README.md or of the overlay that are typed one by one, each once."""
+    found = [
+        command.text
+        for command in commands()
+        if command.block != "shell" and command.text not in NOT_TYPED
+        if (OVERLAY if is_the_overlays(command) else command.document) in wanted
+    ]
+    return list(dict.fromkeys(found))
+
+
+def is_the_overlays(command: Command) -> bool:
+    """Whether it needs the stack of overlays/secure, wherever it stands."""
+    return command.document == OVERLAY or "overlays/secure" in command.text
+
+
+def text_of(document: str) -> str:
+    """The text of one document."""
+    return (CHECKOUT / document).read_text("utf-8")
+
+
+def blocks(document: str, heading: str) -> list[str]:
+    """The ```shell blocks under one heading, each whole."""
+    found = re.search(
+        rf"^#+ {heading}\n(.*?)(?=^#{{1,3}} |\Z)", text_of(document), re.MULTILINE | re.DOTALL
+    )
+    assert found, f"{document} has no heading {heading!r}"
+    return [textwrap.dedent(fence[3]) for fence in _FENCE.finditer(found[1]) if fence[2] == "shell"]
