@@ -437,6 +437,9 @@ def test_a_broker_whose_file_is_spoilt_is_put_right_by_the_readmes_commands(
     # 2.1 writes a new file when it ends; 2.0 does not, and so ends again and again.
     often = 1 if stack.broker == BROKER else 2
     wait_until(lambda: len(broker_refusals(stack)) >= before + often, "the broker to refuse", 30)
+    if stack.broker == BROKER:
+        with Device(1883, name):
+            pass
 
     (commands,) = documents.blocks(documents.README, "Troubleshooting")
     stack.run("bash", "-euc", commands)
