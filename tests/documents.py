@@ -2,7 +2,8 @@
 
 What it does: finds each command in each document, in fenced blocks and between backticks.
 What it does not: type them. test_compose.py types those of README.md, test_secure.py those of
-the overlay, and the tests named in BLOCKS what has to be typed as a whole.
+the overlay, test_stack.py those without Docker, and the tests named in BLOCKS what has to be
+typed as a whole.
 
 Invariant: a command that is not in NOT_TYPED is typed by a test, so a new one is as well.
 """
@@ -17,6 +18,7 @@ from tools.process import CHECKOUT
 
 README, OVERLAY = "README.md", "overlays/secure/README.md"
 OVERLAYS = (OVERLAY, "SECURITY.md")
+WITHOUT_DOCKER = "tools/stack exec"
 # What a release has changed, and figures of a day: not for typing.
 HISTORY = ("CHANGELOG.md", "benchmark/results/")
 
@@ -29,21 +31,44 @@ BLOCKS = {
 _ANOTHER_MACHINE = "is for another machine"
 _ITSELF = "runs these tests"
 _NAMED = "is only named; the whole command stands elsewhere and is typed there"
+_MACHINE = "changes the machine; test_systemd.py has systemd read the units"
+_STACK = "test_stack.py runs it, on ports and with data of its own"
 _NETWORK = "asks a registry for what is newest today"
+_SERVICE = "homelab-telemetry.service"
+_UNIT = 'sed "s|^WorkingDirectory=.*|WorkingDirectory=$PWD|"'
 _PIP_COMPILE = (
     ".pip-tools/bin/pip-compile --upgrade --strip-extras --generate-hashes --no-emit-index-url"
     " --no-emit-find-links"
 )
 _SUDO = "becomes root, and changes files of the machine"
 NOT_TYPED = {
-    "tools/stack up": "runs until Ctrl-C, on ports that a stack here may have taken",
-    "tools/stack up --fresh": "the same",
+    "tools/stack up": _STACK,
+    "tools/stack up --port-offset 10000": _STACK,
+    "tools/stack exec": _NAMED,
+    "tools/stack exec --port-offset 10000 ...": _NAMED,
+    "tools/stack exec python -m ingester.deadletters ...": _NAMED,
+    "tools/stack restore backup.dump": _STACK,
+    "docker compose exec SERVICE": _NAMED,
+    "sudo systemctl disable --now mosquitto postgresql": _MACHINE,
+    "useradd --system --no-create-home --shell /usr/sbin/nologin homelab-telemetry": _MACHINE,
+    f"{_UNIT} tools/systemd/system/{_SERVICE} > /etc/systemd/system/{_SERVICE}": _MACHINE,
+    "systemctl daemon-reload && systemctl enable --now homelab-telemetry": _MACHINE,
+    "tools/bootstrap && mkdir -p ~/.config/systemd/user": _MACHINE,
+    f"{_UNIT} tools/systemd/user/{_SERVICE} > ~/.config/systemd/user/{_SERVICE}": _MACHINE,
+    "systemctl --user daemon-reload && systemctl --user enable --now homelab-telemetry": _MACHINE,
+    "loginctl enable-linger": _MACHINE,
+    "journalctl -fu homelab-telemetry": _MACHINE,
+    "journalctl --user -fu homelab-telemetry": _MACHINE,
+    "tools/bootstrap && systemctl restart homelab-telemetry": _MACHINE,
+    "systemctl --user": _NAMED,
+    "truncate -s 0": _NAMED,
+    "sudo -u homelab-telemetry STATE_DIRECTORY=/var/lib/homelab-telemetry"
+    " tools/stack restore FILE": _MACHINE,
     "git pull && docker compose up -d --build --wait": "needs a release that is newer than this",
     "git fetch --tags && git checkout v0.2.0": "the same",
     "git pull": _NAMED,
     "docker compose up": "is only named: without -d it stays in the foreground",
     "python -m ingester.top": _NAMED,
-    "python -m ingester.deadletters ...": _NAMED,
     "pg_restore --list": _NAMED,
     "mosquitto_pub -l": _NAMED,
     "sudo tar -czf ../homelab.tar.gz .": _SUDO,
@@ -70,9 +95,16 @@ NOT_TYPED = {
     ".venv/bin/python -m benchmark.run --against FOLDER": "takes 8 minutes",
     ".venv/bin/python -m benchmark.run --against ../before": "takes 8 minutes",
     ".venv/bin/python -m benchmark.run --against ../before --rounds 10": "takes longer",
+    "docker compose": _NAMED,
+    "sudo install -d -m 755 /etc/homelab-ingester": _SUDO,
+    "sudo install -o 10001 -m 400 mqtt_password database_password ca.crt"
+    " /etc/homelab-ingester/": _SUDO,
+    "sudo chmod 400 overlays/secure/secrets/database/server.key": _SUDO,
     "git worktree add ../before COMMIT": "needs a clone with its history",
 }
 
+# What listens until it is interrupted.
+GOES_ON = re.compile(r"mosquitto_sub(?!.* -C )|logs.* -f\b")
 _FENCE = re.compile(r"^([ ]*)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 _HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
 _CODE = re.compile(r"`([^`]+)`")
@@ -151,19 +183,22 @@ def _is_whole(command: str) -> bool:
 
 
 def to_type(*wanted: str) -> list[str]:
-    """The commands of README.md or of the overlay that are typed one by one, each once."""
+    """The commands that are typed one by one in one of these stacks, each once."""
     found = [
         command.text
         for command in commands()
-        if command.block != "shell" and command.text not in NOT_TYPED
-        if (OVERLAY if is_the_overlays(command) else command.document) in wanted
+        if command.block != "shell"
+        and command.text not in NOT_TYPED
+        and stack_of(command) in wanted
     ]
     return list(dict.fromkeys(found))
 
 
-def is_the_overlays(command: Command) -> bool:
-    """Whether it needs the stack of overlays/secure, wherever it stands."""
-    return command.document == OVERLAY or "overlays/secure" in command.text
+def stack_of(command: Command) -> str:
+    """Where it works: README, one of OVERLAYS, WITHOUT_DOCKER or, with none, its document."""
+    if command.text.startswith(WITHOUT_DOCKER):
+        return WITHOUT_DOCKER
+    return OVERLAY if "overlays/secure" in command.text else command.document
 
 
 def text_of(document: str) -> str:
