@@ -1,8 +1,8 @@
 """The commands that the documents show, and why some are not typed by a test.
 
 What it does: finds each command in each document, in fenced blocks and between backticks.
-What it does not: type them. test_compose.py types those of README.md, test_secure.py those of
-the overlay, test_stack.py those without Docker, and the tests named in BLOCKS what has to be
+What it does not: type them. test_secure.py types those for the overlay, test_stack.py
+those without Docker, test_compose.py all others, and the tests named in BLOCKS what has to be
 typed as a whole.
 
 Invariant: a command that is not in NOT_TYPED is typed by a test, so a new one is as well.
@@ -16,9 +16,9 @@ from typing import NamedTuple
 
 from tools.process import CHECKOUT
 
-README, OVERLAY = "README.md", "overlays/secure/README.md"
-OVERLAYS = (OVERLAY, "SECURITY.md")
-WITHOUT_DOCKER = "tools/stack exec"
+# The stacks in which commands are typed.
+DEFAULT, SECURE, WITHOUT_DOCKER = STACKS = ("default", "secure", "without Docker")
+ON_SECURITY = ("SECURITY.md", "overlays/secure/README.md")
 # What a release has changed, and figures of a day: not for typing.
 HISTORY = ("CHANGELOG.md", "benchmark/results/")
 
@@ -68,6 +68,7 @@ NOT_TYPED = {
     "git fetch --tags && git checkout v0.2.0": "the same",
     "git pull": _NAMED,
     "docker compose up": "is only named: without -d it stays in the foreground",
+    "python -m ingester.app": _NAMED,
     "python -m ingester.top": _NAMED,
     "pg_restore --list": _NAMED,
     "mosquitto_pub -l": _NAMED,
@@ -80,6 +81,8 @@ NOT_TYPED = {
     "tests/run --faults": _ITSELF,
     'tests/run -m "not services and not compose"': _ITSELF,
     "tests/run --faults --write-faults": _ITSELF,
+    "tests/run --fast": _ITSELF,
+    "tests/run tests/test_store.py -k conflict": _ITSELF,
     "python3 -m venv .pip-tools": _NETWORK,
     ".pip-tools/bin/pip install pip-tools": _NETWORK,
     f"{_PIP_COMPILE} ingester/requirements.in": _NETWORK,
@@ -182,23 +185,22 @@ def _is_whole(command: str) -> bool:
     return True
 
 
-def to_type(*wanted: str) -> list[str]:
-    """The commands that are typed one by one in one of these stacks, each once."""
+def to_type(stack: str) -> list[str]:
+    """The commands that are typed one by one in one of STACKS, each once."""
     found = [
         command.text
         for command in commands()
-        if command.block != "shell"
-        and command.text not in NOT_TYPED
-        and stack_of(command) in wanted
+        if command.block != "shell" and command.text not in NOT_TYPED and stack_of(command) == stack
     ]
     return list(dict.fromkeys(found))
 
 
 def stack_of(command: Command) -> str:
-    """Where it works: README, one of OVERLAYS, WITHOUT_DOCKER or, with none, its document."""
-    if command.text.startswith(WITHOUT_DOCKER):
+    """In which stack it works."""
+    if command.text.startswith("tools/stack exec"):
         return WITHOUT_DOCKER
-    return OVERLAY if "overlays/secure" in command.text else command.document
+    is_secure = command.document in ON_SECURITY or "overlays/secure" in command.text
+    return SECURE if is_secure else DEFAULT
 
 
 def text_of(document: str) -> str:
@@ -206,10 +208,9 @@ def text_of(document: str) -> str:
     return (CHECKOUT / document).read_text("utf-8")
 
 
-def blocks(document: str, heading: str) -> list[str]:
-    """The ```shell blocks under one heading, each whole."""
-    found = re.search(
-        rf"^#+ {heading}\n(.*?)(?=^#{{1,3}} |\Z)", text_of(document), re.MULTILINE | re.DOTALL
-    )
-    assert found, f"{document} has no heading {heading!r}"
-    return [textwrap.dedent(fence[3]) for fence in _FENCE.finditer(found[1]) if fence[2] == "shell"]
+def blocks(chapter: str) -> list[str]:
+    """The ```shell blocks of a chapter, each whole, wherever it stands."""
+    under = re.compile(rf"^#+ {chapter}\n(.*?)(?=^#{{1,3}} |\Z)", re.MULTILINE | re.DOTALL)
+    found = [under.search(text_of(name)) for name in documents() if not name.startswith(HISTORY)]
+    (text,) = [match[1] for match in found if match]
+    return [textwrap.dedent(fence[3]) for fence in _FENCE.finditer(text) if fence[2] == "shell"]

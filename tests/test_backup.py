@@ -102,7 +102,7 @@ def test_an_upgrade_keeps_every_row_and_a_second_one_changes_nothing(
 def test_what_was_backed_up_from_a_running_stack_is_restored_into_an_empty_one(
     stack: Compose,
 ) -> None:
-    back_up, restore = documents.blocks(documents.README, "Backup and restore")
+    back_up, restore = documents.blocks("Backup and restore")
     with Device(1883, "saved") as device:
         first = event("first", "saved")
         assert device.ask(first)["status"] == "stored"
@@ -142,7 +142,7 @@ def test_what_was_backed_up_from_a_running_stack_is_restored_into_an_empty_one(
 
 
 def test_a_backup_is_not_restored_over_what_is_there(stack: Compose) -> None:
-    back_up, restore = documents.blocks(documents.README, "Backup and restore")
+    back_up, restore = documents.blocks("Backup and restore")
     stack.run("bash", "-euc", back_up)
     before = rows(stack)
     stack.run("bash", "-euc", line_with(" cp ", restore))

@@ -334,12 +334,12 @@ def type_all(stack: Compose, commands: Iterable[str]) -> Iterator[str]:
 
 
 @both_brokers
-def test_every_command_of_the_readme_works_as_typed_in_a_terminal(put_back: Compose) -> None:
+def test_every_command_of_the_documents_works_as_typed_in_a_terminal(put_back: Compose) -> None:
     with_python(put_back)
     put_back.psql(DEAD_LETTERS)
     commands = [
         command
-        for command in documents.to_type(documents.README)
+        for command in documents.to_type(documents.DEFAULT)
         if not documents.GOES_ON.search(command) and command not in (SIMULATOR, INGESTER)
     ]
     (demo,) = (command for command in commands if command.startswith(DEMO))
@@ -356,8 +356,8 @@ def test_every_command_of_the_readme_works_as_typed_in_a_terminal(put_back: Comp
 
 
 @both_brokers
-def test_what_the_readme_has_listen_hears_something_until_ctrl_c(stack: Compose) -> None:
-    commands = [c for c in documents.to_type(documents.README) if documents.GOES_ON.search(c)]
+def test_what_the_documents_have_listen_hears_something_until_ctrl_c(stack: Compose) -> None:
+    commands = [c for c in documents.to_type(documents.DEFAULT) if documents.GOES_ON.search(c)]
     assert len(commands) >= 6, commands
     with ExitStack() as cleanup, Device(1883, "listened") as device:
         open_terminals = [cleanup.enter_context(typed(stack, c)) for c in commands]
@@ -376,10 +376,10 @@ def test_what_the_readme_has_listen_hears_something_until_ctrl_c(stack: Compose)
 
 @both_brokers
 def test_the_readmes_one_line_shows_the_ack(stack: Compose) -> None:
-    (line,) = [c for c in documents.to_type(documents.README) if " mosquitto_rr " in c]
+    (line,) = [c for c in documents.to_type(documents.DEFAULT) if " mosquitto_rr " in c]
     with typed(stack, line) as terminal:
         assert terminal.wait_end() == 0
-    assert terminal.output in documents.text_of(documents.README)
+    assert terminal.output in documents.text_of("README.md")
     assert json.loads(terminal.output)["status"] == "stored"
 
 
@@ -434,7 +434,7 @@ def test_a_broker_whose_file_is_spoilt_is_put_right_by_the_readmes_commands(
         with Device(1883, name):
             pass
 
-    (commands,) = documents.blocks(documents.README, "Troubleshooting")
+    (commands,) = documents.blocks("Troubleshooting")
     stack.run("bash", "-euc", commands)
 
     stack.wait_healthy()

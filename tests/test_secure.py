@@ -948,7 +948,7 @@ def test_every_command_of_the_overlays_documents_works_as_typed_in_a_terminal(
     (stack.folder / ".venv").symlink_to(sys.prefix)
     stack.psql("DELETE FROM events WHERE device_id = 'esp32-01'")
     down = False
-    for shown in documents.to_type(*documents.OVERLAYS):
+    for shown in documents.to_type(documents.SECURE):
         if shown.startswith(TYPED_ALONE):
             continue
         command = shown

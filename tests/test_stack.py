@@ -138,7 +138,7 @@ def commands() -> list[str]:
         re.sub(r"docker compose exec (-T )?\w+", "tools/stack exec", command.text)
         for command in documents.commands()
         if command.block == "sh"
-        and command.document == documents.README
+        and documents.stack_of(command) == documents.DEFAULT
         and command.text.startswith("docker compose exec ")
         and "/mosquitto/" not in command.text
     ]
