@@ -33,6 +33,7 @@ _ITSELF = "runs these tests"
 _NAMED = "is only named; the whole command stands elsewhere and is typed there"
 _MACHINE = "changes the machine; test_systemd.py has systemd read the units"
 _STACK = "test_stack.py runs it, on ports and with data of its own"
+_RELEASE = "needs a newer release; test_pull.py makes one, and types it"
 _NETWORK = "asks a registry for what is newest today"
 _SERVICE = "homelab-telemetry.service"
 _UNIT = 'sed "s|^WorkingDirectory=.*|WorkingDirectory=$PWD|"'
@@ -64,8 +65,12 @@ NOT_TYPED = {
     "truncate -s 0": _NAMED,
     "sudo -u homelab-telemetry STATE_DIRECTORY=/var/lib/homelab-telemetry"
     " tools/stack restore FILE": _MACHINE,
-    "git pull && docker compose up -d --build --wait": "needs a release that is newer than this",
-    "git fetch --tags && git checkout v0.2.0": "the same",
+    "git pull --autostash --rebase && docker compose up -d --build --wait": _RELEASE,
+    "git reset -q && git stash drop && docker compose up -d --build --wait": _RELEASE,
+    "git checkout HEAD -- FILE": _RELEASE,
+    "git add FILE": _RELEASE,
+    "git rebase --continue": _RELEASE,
+    "git rebase --abort": _RELEASE,
     "git pull": _NAMED,
     "docker compose up": "is only named: without -d it stays in the foreground",
     "python -m ingester.app": _NAMED,
@@ -74,8 +79,10 @@ NOT_TYPED = {
     "mosquitto_pub -l": _NAMED,
     "sudo tar -czf ../homelab.tar.gz .": _SUDO,
     "sudo tar -xzf homelab.tar.gz -C FOLDER": _ANOTHER_MACHINE,
-    "ss -ltn": "belongs to the machine",
-    "netstat -an | findstr 5432": "is for Windows",
+    "sudo ss -ltnp": _SUDO,
+    "netstat -ano": "is for Windows",
+    "mosquitto_sub -p 1884": "needs another port; test_options.py tries others",
+    "psql -p 5433": "the same",
     "pip install -r ingester/requirements.txt": "is what the image's build does",
     "tests/run": _ITSELF,
     "tests/run --faults": _ITSELF,
