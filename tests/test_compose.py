@@ -10,23 +10,23 @@ rows are those of before and the test's own.
 """
 
 import json
-import os
 import re
-import shlex
-import signal
 import subprocess
-import textwrap
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from datetime import UTC, datetime
+from pathlib import Path
 
 import psycopg2
 import pytest
 from dotenv import dotenv_values
 
-from tests import compose
+from tests import compose, documents
 from tests.compose import BROKER, BROKER_2_0, CONTAINERS, PROJECT, VOLUME, Compose
 from tests.device import Device, event
 from tests.pipeline import wait_until
+from tests.terminal import CTRL_C, Terminal
 from tools.process import free_port, port_is_free
 
 pytestmark = [pytest.mark.compose, pytest.mark.timeout(300)]
@@ -264,90 +264,188 @@ def test_the_brokers_log_is_a_file_on_the_host_and_a_quiet_stack_writes_nothing_
 # --- what the README says to type ----------------------------------------------------
 
 
-def readme_commands(text: str) -> list[str]:
-    """Every line of a ```sh block that looks into the stack, with those that it goes on for."""
-    commands = []
-    for block in re.findall(r"^[ ]*```sh\n(.*?)^[ ]*```", text, flags=re.M | re.S):
-        lines = iter(textwrap.dedent(block).splitlines())
-        for line in lines:
-            if re.match("docker compose (exec|ps|logs)\\b", line):
-                while not _is_whole(line):
-                    line += "\n" + next(lines)
-                commands.append(line)
-    return commands
+# What goes on until this is pressed.
+KEYS = {
+    "docker compose exec postgres psql -U qs -d qs": "\\q\n",
+    "PGPASSWORD=qs_password psql -h localhost -U qs -d qs": "\\q\n",
+    "docker compose exec ingester python -m ingester.top": "q",
+    "docker compose run --rm --no-deps ingester python -m ingester.top": "q",
+}
+HEARD = re.compile('"listened"|"online"|Connected to Postgres')
+# Typed by a test below, which looks at what becomes of it.
+SIMULATOR = ".venv/bin/python devices/simulator.py --host localhost"
+INGESTER = "MQTT_HOST=localhost POSTGRES_HOST=localhost .venv/bin/python -m ingester.app"
+# What README shows of an id that is not there.
+EXIT_CODES = {"docker compose exec ingester python -m ingester.deadletters replay 99": 2}
+REPLAYS = (
+    "docker compose exec ingester python -m ingester.deadletters"
+    " replay --reason not_storable --since 2d",
+    "docker compose exec ingester python -m ingester.deadletters replay 3 --set-device door-3",
+)
+# These change what runs, and others must not be typed meanwhile.
+CHANGES = re.compile(
+    r"docker compose (--profile demo|up|down|stop|start|restart|run .*mosquitto)\b"
+)
+# Takes 40 s, and harms nobody.
+DEMO = "docker compose run --rm demo "
+# The dead letters of the README's chapter about them: its event of 85 degrees, and one that
+# came on another device's topic.
+DEAD_LETTERS = """
+    INSERT INTO dead_letters (id, received_at, reason, error, topic, device_id, event_id, payload)
+    OVERRIDING SYSTEM VALUE
+    VALUES (1, now(), 'not_storable', 'x', 'qs/v1/esp32-01/events', 'esp32-01', 'esp32-01-41',
+        '{"schema": 1, "event_id": "esp32-01-41", "device_id": "esp32-01",'
+        ' "event_type": "temperature", "value": 85.0, "unit": "C"}'),
+    (3, now(), 'device_mismatch', 'x', 'qs/v1/gateway/events', 'gateway', 'door-3-7',
+        '{"schema": 1, "event_id": "door-3-7", "device_id": "door-3", "event_type": "door"}')
+    ON CONFLICT (id) DO UPDATE SET (reason, topic, device_id, payload, replayed_at) =
+        (excluded.reason, excluded.topic, excluded.device_id, excluded.payload, NULL)
+"""
 
 
-def _is_whole(command: str) -> bool:
-    try:
-        shlex.split(command, comments=True)
-    except ValueError:  # a quotation is open, or a backslash ends the line
-        return False
-    return True
+def typed(stack: Compose, command: str) -> Terminal:
+    """Type a command in a terminal in the folder of the stack."""
+    powershell = command.startswith("'")  # which prints a text that stands alone
+    return Terminal(f"echo {command}" if powershell else command, stack.folder, stack.environment)
 
 
-# Goes on until it is interrupted.
-LISTENS = re.compile(r"mosquitto_sub(?!.* -C )|logs.* (-f|--follow)\b")
+def with_python(stack: Compose) -> None:
+    """Give the copy the Python packages that tools/bootstrap installs."""
+    link = stack.folder / ".venv"
+    if not link.exists():
+        link.symlink_to(Path(sys.prefix))
 
 
-def run_as_typed(stack: Compose, command: str) -> str | None:
-    """Run a line in a shell; return what is wrong, if something is.
-
-    A command that listens on is given some seconds, and must have found nothing to complain
-    of by then.
-    """
-    listens = LISTENS.search(command)
-    process = subprocess.Popen(
-        ["bash", "-c", command],
-        cwd=stack.folder,
-        env=stack.environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, errors = process.communicate(timeout=3 if listens else 30)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        output, errors = process.communicate()
-        return None if listens and not errors else f"{command}\nended by us:\n{output}{errors}"
-    if process.returncode:
-        return f"{command}\nexit {process.returncode}:\n{output}{errors}"
-    return None
+def type_all(stack: Compose, commands: Iterable[str]) -> Iterator[str]:
+    """Type one after the other; yield what is wrong."""
+    for command in commands:
+        with typed(stack, command) as terminal:
+            if key := KEYS.get(command):
+                terminal.wait_for("qs=#" if key != "q" else "ingester  online")
+                terminal.press(key)
+            if (code := terminal.wait_end()) != EXIT_CODES.get(command, 0):
+                yield f"exit {code}: {terminal}"
+            if (
+                " replay " in command
+                and not code
+                and "1 of 1 dead letter: 1 stored" not in terminal.output
+            ):
+                yield str(terminal)
 
 
 @both_brokers
-def test_every_exec_ps_and_logs_command_of_the_readme_works(put_back: Compose) -> None:
-    commands = readme_commands((put_back.folder / "README.md").read_text())
-    if put_back.broker != BROKER:  # what is the broker's, and takes no long time
-        commands = [c for c in commands if " exec mosquitto " in c and not LISTENS.search(c)]
-    assert any(" exec " in command for command in commands), commands
-    wrong = [problem for command in commands if (problem := run_as_typed(put_back, command))]
+def test_every_command_of_the_documents_works_as_typed_in_a_terminal(put_back: Compose) -> None:
+    with_python(put_back)
+    put_back.psql(DEAD_LETTERS)
+    commands = [
+        command
+        for command in documents.to_type(documents.DEFAULT)
+        if not documents.GOES_ON.search(command) and command not in (SIMULATOR, INGESTER)
+    ]
+    (demo,) = (command for command in commands if command.startswith(DEMO))
+    changing = [command for command in commands if CHANGES.match(command)]
+    with typed(put_back, demo) as terminal:
+        looking = (command for command in commands if command not in (*changing, demo))
+        wrong = list(type_all(put_back, looking))
+        assert terminal.wait_end() == 0, str(terminal)
+    for command, before in zip(changing, ["", *changing], strict=False):
+        if " down" in before and " up" not in command:
+            put_back.up()
+        wrong += type_all(put_back, [command])
     assert not wrong, "\n\n".join(wrong)
 
 
-def test_readme_commands_are_found_with_all_their_lines() -> None:
-    text = """
-```sh
-docker compose exec a b '{
-  "c": 1}'
-docker compose exec d \\
-  e
-docker compose down -v
-```
-```powershell
-docker compose exec f
-```
-   ```sh
-   docker compose exec g
-   ```
-"""
-    assert readme_commands(text) == [
-        "docker compose exec a b '{\n  \"c\": 1}'",
-        "docker compose exec d \\\n  e",
-        "docker compose exec g",
-    ]
+@both_brokers
+def test_what_the_documents_have_listen_hears_something_until_ctrl_c(stack: Compose) -> None:
+    commands = [c for c in documents.to_type(documents.DEFAULT) if documents.GOES_ON.search(c)]
+    assert len(commands) >= 6, commands
+    with ExitStack() as cleanup, Device(1883, "listened") as device:
+        open_terminals = [cleanup.enter_context(typed(stack, c)) for c in commands]
+
+        def all_have_heard() -> bool:
+            # Again and again, as one may not have subscribed yet.
+            device.publish(event("heard", "listened"))
+            device.publish({"schema": 1})
+            return all(HEARD.search(terminal.output) for terminal in open_terminals)
+
+        wait_until(all_have_heard, "something in each terminal")
+        for terminal in open_terminals:
+            terminal.press(CTRL_C)
+            terminal.wait_end()
+
+
+@both_brokers
+def test_the_readmes_one_line_shows_the_ack(stack: Compose) -> None:
+    (line,) = [c for c in documents.to_type(documents.DEFAULT) if " mosquitto_rr " in c]
+    with typed(stack, line) as terminal:
+        assert terminal.wait_end() == 0
+    assert terminal.output in documents.text_of("README.md")
+    assert json.loads(terminal.output)["status"] == "stored"
+
+
+def test_the_readmes_simulator_on_this_machine_stores_until_ctrl_c(stack: Compose) -> None:
+    with_python(stack)
+    with typed(stack, SIMULATOR) as terminal:
+        terminal.wait_for(" stored,")
+        terminal.press(CTRL_C)
+        assert terminal.wait_end() == 0, str(terminal)
+    assert "every event is stored" in terminal.output
+
+
+def test_the_readmes_ingester_as_a_plain_process_stores_until_ctrl_c(put_back: Compose) -> None:
+    with_python(put_back)
+    put_back.compose("stop", "ingester")
+    with typed(put_back, INGESTER) as terminal, Device(1883, "plain") as device:
+        device.deliver([event(1, "plain")])
+        terminal.press(CTRL_C)
+        assert terminal.wait_end() == 0, str(terminal)
+    assert put_back.event_ids("plain") == {"plain-1"}
+
+
+# As a power cut or a newer broker leaves the queue's file.
+SPOILT = {
+    "zeros": 'head -c "$(stat -c %s "$f")" /dev/zero > "$f.x"; cat "$f.x" > "$f"; rm "$f.x"',
+    "cut off": 'truncate -s "$(($(stat -c %s "$f") / 2))" "$f"',
+    # Behind the 15 bytes that name the format and the 4 of a checksum: the format's version.
+    "of a version to come": "printf '\\377' | dd of=\"$f\" bs=1 seek=22 conv=notrunc",
+}
+
+
+@both_brokers
+@pytest.mark.parametrize("how", SPOILT)
+def test_a_broker_whose_file_is_spoilt_is_put_right_by_the_readmes_commands(
+    put_back: Compose, how: str
+) -> None:
+    stack = put_back
+    stack.compose("stop", "ingester")
+    name = f"spoilt-{how.replace(' ', '-')}"
+    with Device(1883, name) as device:
+        for number in range(20):
+            device.publish(event(number, name))
+    stack.compose("stop", "mosquitto")
+    spoil = f"set -e; f=/mosquitto/data/mosquitto.db; test -s $f; {SPOILT[how]}"
+    stack.compose("run", "--rm", "-T", "mosquitto", "sh", "-c", spoil)
+    before = len(broker_refusals(stack))
+    stack.compose("start", "mosquitto")
+    # 2.1 writes a new file when it ends; 2.0 does not, and so ends again and again.
+    often = 1 if stack.broker == BROKER else 2
+    wait_until(lambda: len(broker_refusals(stack)) >= before + often, "the broker to refuse", 30)
+    if stack.broker == BROKER:
+        with Device(1883, name):
+            pass
+
+    (commands,) = documents.blocks("Troubleshooting")
+    stack.run("bash", "-euc", commands)
+
+    stack.wait_healthy()
+    assert stack.event_ids(name) == set()  # what was queued is lost
+    with Device(1883, name) as again:
+        again.deliver(device.sent.values())
+    assert stack.event_ids(name) == set(device.sent)
+
+
+def broker_refusals(stack: Compose) -> list[str]:
+    return re.findall("Couldn't open database", stack.log("mosquitto"))
 
 
 @both_brokers

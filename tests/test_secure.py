@@ -24,7 +24,7 @@ from pathlib import Path
 import psycopg2
 import pytest
 
-from tests import compose
+from tests import compose, documents
 from tests.certificates import Authority
 from tests.checkout import files_of
 from tests.compose import BROKER, BROKER_2_0, CONTAINERS
@@ -32,12 +32,14 @@ from tests.device import Device, event
 from tests.pipeline import wait_until
 from tests.secure import (
     PASSWORD_FILES,
+    SECRETS,
     Client,
     Processes,
     SecureStack,
     environment_of,
     missing_rights,
 )
+from tests.terminal import CTRL_C, Terminal
 
 pytestmark = [pytest.mark.compose, pytest.mark.timeout(300)]
 pytest_generate_tests = compose.with_each_broker
@@ -62,7 +64,7 @@ def whole_stack(
     with lock:
         stack = SecureStack(compose.copy_checkout(tmp_path_factory.mktemp("secure")))
         stack.use_broker(request.param)
-        stack.setup()
+        stack.setup("telemetry.lan", "192.168.1.10")  # as its README does
         stack.compose("down", "--volumes", "--remove-orphans")  # what a killed run left
         if reason := compose.in_the_way(stack):
             pytest.skip(reason)
@@ -922,6 +924,60 @@ def test_the_commands_of_the_readme_that_look_and_send_work(stack: SecureStack) 
         assert (answer["event_id"], answer["status"]) == ("esp32-01-1", "stored")
     finally:
         stack.device("remove", "esp32-01")
+
+
+# Typed by a test of its own above, or, with servers elsewhere, by nobody.
+TYPED_ALONE = ("docker run -d ", "mosquitto_rr ", "PGHOST=database.example ")
+# What stands for something that the reader has, and for what it is here.
+HERE = {
+    "docker compose ...": "docker compose",
+    "remove ID": "remove typed",
+    "add ID": "add typed",
+    " NAME": " typed.lan",
+    "-h telemetry.lan": "-h localhost",
+    "--cafile ca.crt": f"--cafile {SECRETS}/ca.crt",
+    "-u operator -P PASSWORD ": "",
+    "mosquitto_sub --cafile": f"XDG_CONFIG_HOME={SECRETS}/operator mosquitto_sub --cafile",
+}
+
+
+@both_brokers
+def test_every_command_of_the_overlays_documents_works_as_typed_in_a_terminal(
+    stack: SecureStack,
+) -> None:
+    (stack.folder / ".venv").symlink_to(sys.prefix)
+    stack.psql("DELETE FROM events WHERE device_id = 'esp32-01'")
+    down = False
+    for shown in documents.to_type(documents.SECURE):
+        if shown.startswith(TYPED_ALONE):
+            continue
+        command = shown
+        for words, here in HERE.items():
+            command = command.replace(words, here)
+        if down and " up " not in command:
+            stack.up()
+        down = command.endswith(" down")
+        command = command.replace(
+            "MQTT_PASSWORD=...", f"MQTT_PASSWORD={stack.passwords.get('sim')}"
+        )
+        with Terminal(command, stack.folder, stack.environment) as terminal:
+            if documents.GOES_ON.search(command):
+                terminal.wait_for('"online"')
+                terminal.press(CTRL_C)
+                terminal.wait_end()
+                continue
+            if "simulator.py" in command:
+                terminal.wait_for(" stored,")
+                terminal.press(CTRL_C)
+            if "password'" in command:
+                for prompt in ("Enter new password", "Enter it again"):
+                    terminal.wait_for(prompt)
+                    terminal.press(stack.secret("postgres_password") + "\n")
+            assert terminal.wait_end(120) == 0, str(terminal)
+            if added := re.search(r"^password +(\w{48})$", terminal.output, re.MULTILINE):
+                stack.passwords[command.split()[-1]] = added[1]
+    stack.up()
+    stack.device("remove", "sim")
 
 
 # --- refused starts ------------------------------------------------------------------

@@ -27,10 +27,9 @@ from pathlib import Path
 import pytest
 from dotenv import dotenv_values
 
+from tests import documents
 from tests.compose import copy_checkout
 from tests.device import Device, event
-from tests.test_compose import LISTENS, readme_commands
-from tests.test_rules import chapter
 from tools import storage
 from tools.process import CHECKOUT, LOOPBACK, OPEN_FILES, Process, SetupError, free_port, run
 from tools.stack import MQTT_CONNECT, Mosquitto
@@ -133,12 +132,15 @@ def other(up: Up) -> Iterator[dict[str, str]]:
 
 def commands() -> list[str]:
     """Those of the chapter, and all that have `docker compose exec`, as it says to type them."""
-    own = re.findall(r"(?m)^tools/stack exec .*", chapter("Without Docker"))
+    own = documents.to_type(documents.WITHOUT_DOCKER)
     assert len(own) > 5
     typed = [
-        re.sub(r"docker compose exec (-T )?\w+", "tools/stack exec", command)
-        for command in readme_commands((CHECKOUT / "README.md").read_text())
-        if command.startswith("docker compose exec ") and "/mosquitto/" not in command
+        re.sub(r"docker compose exec (-T )?\w+", "tools/stack exec", command.text)
+        for command in documents.commands()
+        if command.block == "sh"
+        and documents.stack_of(command) == documents.DEFAULT
+        and command.text.startswith("docker compose exec ")
+        and "/mosquitto/" not in command.text
     ]
     assert len(typed) > 10
     # Where there is no terminal.
@@ -157,7 +159,7 @@ def type_command(up: Up, command: str) -> str | None:
         text=True,
         start_new_session=True,
     )
-    listens = LISTENS.search(command)
+    listens = documents.GOES_ON.search(command)
     try:
         said, errors = process.communicate(timeout=3 if listens else 60)
     except subprocess.TimeoutExpired:

@@ -130,7 +130,7 @@ def describe(stack: Stack, settings: Mapping[str, str], offset: int) -> None:
         "",
         f"  hear ACKs:  {beside} mosquitto_sub -v -t {shlex.quote(acks)}",
         f"  publish:    {beside} mosquitto_pub -q 1 -t {shlex.quote(events)} -m '{event}'",
-        f"  query:      {beside} psql -c '{query}'",
+        f"  query:      {beside} psql -P pager=off -c '{query}'",
         f"  data, logs: {stack.folder}",
         "",
         "Ctrl-C stops all three; the data stays.",
