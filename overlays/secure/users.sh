@@ -5,6 +5,7 @@
 #
 #   users.sh add USER      the password is on standard input, as it must not be an argument
 #   users.sh remove USER   notes in /data, the broker's, that its session is to be ended
+#   users.sh noted USER    whether that is noted and not done
 #   users.sh list          the devices
 #   users.sh acl           the access rights, as the broker reads them
 #   users.sh hash          what mosquitto_passwd is to be told of how to hash
@@ -81,6 +82,8 @@ remove)
     printf '%s\n' "$2" >>/data/removed
     chown 1883:1883 /data/removed
     put_in_place passwords ;;
+noted)
+    grep -Fqx -e "$2" /data/removed ;;
 list)
     devices | tr '=' ':' ;;
 acl)
