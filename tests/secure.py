@@ -75,6 +75,13 @@ class SecureStack(Compose):
         """What stands in a file of secrets/."""
         return (self.secrets / name).read_text().strip()
 
+    def broker_memory(self) -> int:
+        """How many bytes the broker may take."""
+        text = (self.folder / "overlays/secure/mosquitto.conf").read_text()
+        limit = re.search(r"^memory_limit (\d+)$", text, re.MULTILINE)
+        assert limit, text
+        return int(limit[1])
+
     def client(self, device_id: str, **options: Any) -> "Client":
         """A device that was added, or the operator, not connected yet."""
         options.setdefault("password", self.passwords.get(device_id))

@@ -300,7 +300,20 @@ def test_a_device_is_added_once_and_removed_once(stack: SecureStack) -> None:
 def test_an_id_is_compared_as_text_and_never_as_a_number_an_option_or_a_pattern(
     stack: SecureStack,
 ) -> None:
-    alike = ["7", "007", "7.0", "7e0", "0x7", "nan", "inf", "30e628123456", "-n", "a.c", "abc", "A.C"]
+    alike = [
+        "7",
+        "007",
+        "7.0",
+        "7e0",
+        "0x7",
+        "nan",
+        "inf",
+        "30e628123456",
+        "-n",
+        "a.c",
+        "abc",
+        "A.C",
+    ]
     gone = ["7", "nan", "30e628123456", "-n", "a.c"]
     # Added as they are in the list that `add` keeps: that it works is tested above.
     passwords = stack.secrets / "broker/passwords"
