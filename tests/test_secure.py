@@ -1290,6 +1290,61 @@ def test_strangers_who_use_up_the_connections_do_not_keep_the_ingester_out(
     assert "denied: max_connections exceeded" in stack.log("mosquitto")
 
 
+# 400 connections that never become a session: silent ones, half a TLS handshake, half a CONNECT
+# and half a request for a websocket; one of them sends a byte now and then. Until each is closed.
+STAY_SILENT = f"""
+import select, socket, ssl, sys
+trusted = ssl.create_default_context(cafile=sys.argv[1])
+kept = []
+for port in (8883, 9001):
+    for number in range(180):
+        kept.append(socket.create_connection(("localhost", port), timeout=60))
+        if number % 2:
+            kept[-1].sendall(bytes.fromhex("1603010200"))
+    for number in range(20):
+        half = trusted.wrap_socket(
+            socket.create_connection(("localhost", port), timeout=60), server_hostname="localhost"
+        )
+        half.sendall({CONNECT!r}[: number % 5] if port == 8883 else b"GET /mqtt HTTP/1"[:number])
+        kept.append(half)
+print("opened", len(kept), flush=True)
+slow = kept[190]
+while kept:
+    if slow in kept:
+        try:
+            slow.sendall(b"x")
+        except OSError:
+            pass
+    for one in select.select(kept, [], [], 1)[0]:
+        try:
+            said = one.recv(1000)
+        except OSError:
+            said = b""
+        if not said:
+            kept.remove(one)
+print("closed")
+"""
+
+
+@both_brokers
+def test_a_device_gets_in_behind_400_silent_connections_and_these_do_not_stay(
+    stack: SecureStack,
+) -> None:
+    with ExitStack() as cleanup:
+        strangers = subprocess.Popen(
+            [sys.executable, "-c", STAY_SILENT, str(stack.ca)], stdout=subprocess.PIPE, text=True
+        )
+        cleanup.callback(strangers.wait)
+        cleanup.callback(strangers.kill)
+        assert strangers.stdout
+        assert strangers.stdout.readline() == "opened 400\n"
+        for port, transport in ((8883, "tcp"), (9001, "websockets")):
+            with stack.client("alpha", port=port, transport=transport) as alpha:
+                assert alpha.ask(event(f"silent-{port}", "alpha"))["status"] == "stored"
+        if stack.broker == BROKER:  # after 30 s; 2.0 takes 90
+            assert strangers.communicate(timeout=150)[0] == "closed\n"
+
+
 def device_gets_in(stack: SecureStack) -> bool:
     client = stack.client("alpha")
     try:
