@@ -147,7 +147,7 @@ class Daemon:
 
 def main() -> int:
     """Run the daemon until a signal; return the exit code."""
-    load_dotenv(".env")
+    load_dotenv(".env", interpolate=False)
     try:
         settings = Settings.from_env(os.environ)
     except SettingsError as error:

@@ -148,6 +148,15 @@ class Connection:
             self._connection = self._cursor = None
             self._state = extensions.POLL_OK
 
+    def roll_back(self) -> None:
+        """End the transaction that is open, if one is, as if it had not begun."""
+        if self.in_transaction:
+            self.close()
+
+    def ping(self) -> None:
+        """Ask for an answer, whatever it is."""
+        self.run("SELECT")
+
     def give_up_at(self, moment: float) -> None:
         """Let no wait last beyond this moment of the monotonic clock, even one under way."""
         self._give_up_at = moment

@@ -518,6 +518,44 @@ def test_the_demo_is_not_there_unless_asked_for_and_then_its_events_are_stored(
         stack.compose(*demo, "rm", "-sf", "demo")
 
 
+def test_the_demo_goes_on_after_stop_down_and_up_in_any_order_and_ends_without_a_trace(
+    put_back: Compose,
+) -> None:
+    stack = put_back
+    chapter = (stack.folder / "README.md").read_text().partition("## Devices to try it with")[2]
+    start, stop, end = (
+        re.findall(rf"^(docker compose --profile demo {what}.*)$", chapter, re.MULTILINE)[0].split()
+        for what in ("up", "stop", "down")
+    )
+
+    def events() -> int:
+        return int(stack.psql("SELECT count(*) FROM events WHERE device_id LIKE 'sim-%'"))
+
+    def wait_for_more(how_long: float = 60) -> None:
+        before = events()
+        wait_until(lambda: events() > before, "an event of the demo", how_long)
+
+    stack.run(*start)
+    wait_for_more()
+    # Without its profile no command touches it: it waits for what is away.
+    stack.compose("stop")
+    stack.compose("start")
+    wait_for_more()
+    said = stack.run("docker", "compose", "down").stderr
+    assert "Resource is still in use" in said
+    stack.up()
+    wait_for_more()
+    # A container that is stopped outlives `down`, and its network does not.
+    stack.run(*stop)
+    stack.down()
+    stack.run(*start)
+    wait_for_more()
+    stack.run(*end)
+    label = f"label=com.docker.compose.project={compose.PROJECT}"
+    for kind in (("ps", "-a"), ("network", "ls")):
+        assert stack.run("docker", *kind, "-q", "--filter", label).stdout == ""
+
+
 # --- a newer broker -------------------------------------------------------------------
 
 

@@ -247,10 +247,10 @@ def test_every_command_runs_from_any_folder_and_explains_itself(
 # --- device --------------------------------------------------------------------------
 
 
-def access_rights(stack: SecureStack) -> str:
-    """What the broker reads of its users' rights."""
+def access_rights(stack: SecureStack, **variables: str) -> str:
+    """What the broker reads of its users' rights, with these variables in its container."""
     command = "cd overlays/secure/secrets/broker && sh ../../users.sh acl"
-    return stack.run("sh", "-c", command).stdout
+    return stack.run("sh", "-c", command, variables=variables).stdout
 
 
 @pytest.mark.parametrize(
@@ -281,6 +281,44 @@ def test_an_id_within_the_contract_gets_two_topics_and_no_more(stack: SecureStac
     assert len(set(stack.passwords.values())) == len(ids)
     for password in stack.passwords.values():
         assert password not in (stack.secrets / "broker/passwords").read_text()
+
+
+@pytest.mark.parametrize(
+    ("template", "of_any", "of_one"),
+    [
+        ("", "qs/v1/+/acks", "qs/v1/a:b/acks"),
+        ("{device_id}", "+", "a:b"),
+        ("{device_id}/x", "+/x", "a:b/x"),
+        ("x/{device_id}", "x/+", "x/a:b"),
+        ("x/to-{device_id}", "x/+", "x/to-a:b"),
+        ("to-{device_id}-here/x y/z", "+/x y/z", "to-a:b-here/x y/z"),
+        ("/x/{device_id}.y/", "/x/+/", "/x/a:b.y/"),
+    ],
+)
+def test_the_rights_follow_the_topics_of_the_settings(
+    stack: SecureStack, template: str, of_any: str, of_one: str
+) -> None:
+    stack.add_device("a:b")
+    acl = access_rights(
+        stack,
+        ACK_TEMPLATE=template,
+        MQTT_EVENTS_TOPIC="my home/+",
+        MQTT_DEADLETTER_TOPIC="lost",
+        MQTT_STATUS_TOPIC="how it is",
+    ).split("\n\n")
+    assert acl[0].splitlines() == [
+        "user homelab-ingester",
+        "topic read my home/+",
+        f"topic readwrite {of_any}",
+        "topic readwrite lost",
+        "topic readwrite how it is",
+        "topic read $SYS/broker/publish/messages/dropped",
+    ]
+    assert acl[-1].splitlines() == [
+        "user a=b",
+        "topic write my home/a:b",
+        f"topic read {of_one}",
+    ]
 
 
 def test_a_device_is_added_once_and_removed_once(stack: SecureStack) -> None:

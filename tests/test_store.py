@@ -352,7 +352,7 @@ def test_a_database_that_becomes_read_only_is_left_and_not_taken_until_it_is_wri
 def test_a_session_that_is_read_only_is_left(database: Database) -> None:
     store = Store(database.conninfo)
     store.connect()
-    store._connection.run("SELECT set_config('default_transaction_read_only', 'on', false)")
+    store.run("SELECT set_config('default_transaction_read_only', 'on', false)")
     with pytest.raises(StoreUnavailable, match="25006"):
         insert(store, [make("a")])
     assert not store.connected
@@ -481,17 +481,18 @@ def test_an_answer_is_taken_at_once_even_if_the_other_session_always_has_more(
     other_session: OtherSession,
     line: tuple[socket.socket, socket.socket],
 ) -> None:
-    def median_seconds(store: Store, name: str) -> float:
+    def quick_seconds(store: Store, name: str) -> float:
+        """Of ten the quickest: the others had to wait for a processor on a busy machine."""
         seconds = []
         for number in range(100):
             assert insert(store, [make(f"{name}-{number}")]) == [STORED]
             seconds.append(store.round_trip_seconds)
-        return statistics.median(seconds)
+        return statistics.quantiles(seconds, n=10)[0]
 
-    idle = median_seconds(store, "idle")
+    idle = quick_seconds(store, "idle")
     line[1].send(b"!")
     other_session.served = 0
-    busy = median_seconds(busy_store, "busy")
+    busy = quick_seconds(busy_store, "busy")
     print(f"one INSERT: {idle * 1000:.2f} ms, with another session {busy * 1000:.2f} ms")
     assert busy < 5 * idle
     assert other_session.served >= 100

@@ -72,8 +72,8 @@ class LogPrinter:
 def read_settings() -> dict[str, str]:
     """The variables of .env; as for Compose, one of the calling shell wins."""
     defaults = DATABASE | {variable: standard for _, variable, standard in LISTENERS}
-    in_file = {key: value or "" for key, value in dotenv_values(CHECKOUT / ".env").items()}
-    settings = defaults | in_file
+    file = dotenv_values(CHECKOUT / ".env", interpolate=False)
+    settings = defaults | {key: value or "" for key, value in file.items()}
     settings |= {key: os.environ[key] for key in settings if key in os.environ}
     return settings | {key: value for key, value in defaults.items() if not settings[key]}
 

@@ -56,7 +56,7 @@ class Parser(argparse.ArgumentParser):
 def main() -> int:
     """Run one command; return the exit code."""
     arguments = _parser().parse_args()
-    load_dotenv(".env")
+    load_dotenv(".env", interpolate=False)
     if isinstance(sys.stdout, io.TextIOWrapper):  # in a locale that lacks a character
         sys.stdout.reconfigure(errors="backslashreplace")
     try:

@@ -190,7 +190,7 @@ def main() -> int:
     parser = argparse.ArgumentParser("python -m ingester.top", description="Show what happens.")
     parser.add_argument("--once", action="store_true", help="print one frame, for scripts")
     arguments = parser.parse_args()
-    load_dotenv(".env")
+    load_dotenv(".env", interpolate=False)
     try:
         settings = Settings.from_env(os.environ)
     except SettingsError as error:

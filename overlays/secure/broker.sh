@@ -95,8 +95,23 @@ end_sessions_of_removed() {
     if [ "$tries" -lt 120 ]; then rm "$removed"; fi
 }
 
+# At an upgrade git has to see its own file in folders that are the broker's by now, which the
+# owner of a checkout made under umask 077 could not. Root may do it to its own files alone here.
+show_to_git() {
+    for file in /mosquitto/*/.gitignore; do
+        [ -w "$file" ] || continue
+        for path in "${file%/*}" "$file"; do
+            owner=$(stat -c %u:%g "$path")
+            chown 0:0 "$path"
+            chmod go+rX "$path"
+            chown "$owner" "$path"
+        done
+    done
+}
+
 case $1 in
 start)
+    show_to_git
     check server.key
     check passwords
     mkdir -p "$made"

@@ -42,25 +42,38 @@ devices() {
     cut -d : -f 1 passwords | grep -Evx -e "$own_users" || true
 }
 
+# any_device TEMPLATE: the filter that the ACKs of all devices match: a wildcard for the whole
+# level with the device's id in it, since MQTT has none for a part of a level.
+any_device() {
+    before=${1%%'{device_id}'*}
+    after=${1#*'{device_id}'}
+    printf '%s+%s' "${before%"${before##*/}"}" "${after#"${after%%/*}"}"
+}
+
 acl() {
+    # As the ingester has them: its variables come into the broker's container, too, so that
+    # `up` starts both anew when one is changed. For it, empty counts as absent.
+    events=${MQTT_EVENTS_TOPIC:-'qs/v1/+/events'}
+    acks=${ACK_TEMPLATE:-'qs/v1/{device_id}/acks'}
     # What is not here is refused. The ingester's tools read what it writes.
-    cat <<'EOF'
+    cat <<EOF
 user homelab-ingester
-topic read qs/v1/+/events
-topic readwrite qs/v1/+/acks
-topic readwrite qs/v1/deadletter
-topic readwrite qs/v1/ingester/status
-topic read $SYS/broker/publish/messages/dropped
+topic read $events
+topic readwrite $(any_device "$acks")
+topic readwrite ${MQTT_DEADLETTER_TOPIC:-qs/v1/deadletter}
+topic readwrite ${MQTT_STATUS_TOPIC:-qs/v1/ingester/status}
+topic read \$SYS/broker/publish/messages/dropped
 
 user operator
 topic read #
-topic read $SYS/#
+topic read \$SYS/#
 EOF
     # A user name holds `=` where the device's id holds `:`, which ends a user name here.
     devices | while IFS= read -r user; do
         id=$(printf %s "$user" | tr '=' ':')
-        printf '\nuser %s\ntopic write qs/v1/%s/events\ntopic read qs/v1/%s/acks\n' \
-            "$user" "$id" "$id"
+        printf '\nuser %s\ntopic write %s\ntopic read %s\n' "$user" \
+            "${events%%+*}$id${events#*+}" \
+            "${acks%%'{device_id}'*}$id${acks#*'{device_id}'}"
     done
 }
 
