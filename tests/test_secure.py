@@ -801,7 +801,7 @@ def test_a_role_takes_its_share_of_connections_and_of_the_disk_and_no_more(
     stack: SecureStack,
 ) -> None:
     with ExitStack() as cleanup:
-        for role, most in (("reader", 20), ("ingester", 10)):
+        for role, most in (("reader", 10), ("ingester", 5)):
             password = stack.secret(f"database_{role}_password")
             taken = int(role == "ingester")  # by the daemon
             for _ in range(most - taken):

@@ -9,9 +9,10 @@
 set -eu
 umask 077
 
-given=/mosquitto/config/mosquitto.conf
-# What is made here, for this container alone; it is gone with it.
+# What is made here, for this container alone; it is gone with it. In it are copies of what is
+# mounted, which under umask 077 root alone can read.
 made=/run/mosquitto
+given=$made/given/mosquitto.conf
 # What the broker reads. Its listeners stand at the end.
 used=$made/mosquitto.conf
 # Users whose session is still to be ended: whoever is removed is on it until that is done.
@@ -35,7 +36,7 @@ make_own_user() {
     own_password=$(head -c 24 /dev/urandom | od -An -v -tx1 | tr -d ' \n')
     printf '@container:%s\n' "$own_password" >"$made/own_user"
     # shellcheck disable=SC2046
-    mosquitto_passwd $(sh /mosquitto/users.sh hash) -U "$made/own_user"
+    mosquitto_passwd $(sh "$made/given/users.sh" hash) -U "$made/own_user"
     for program in mosquitto_pub mosquitto_rr; do
         printf -- '-u @container\n-P %s\n' "$own_password" >"$made/clients/$program"
     done
@@ -53,7 +54,7 @@ write_users() {
     cat /run/broker/passwords "$made/own_user" >"$made/passwords.new"
     put_in_place "$made/passwords"
     {
-        (cd /run/broker && sh /mosquitto/users.sh acl)
+        (cd /run/broker && sh "$made/given/users.sh" acl)
         printf '\nuser @container\ntopic readwrite #\n'
     } >"$made/acl.new"
     put_in_place "$made/acl"
@@ -114,7 +115,8 @@ start)
     show_to_git
     check server.key
     check passwords
-    mkdir -p "$made"
+    mkdir -p "$made/given"
+    cp /mosquitto/broker.sh /mosquitto/users.sh /mosquitto/config/mosquitto.conf "$made/given"
     make_own_user
     write_users
     if [ -s "$removed" ]; then
@@ -122,6 +124,9 @@ start)
     fi
     cp "$given" "$used"
     chown -R 1883:1883 "$made"
+    # Each connection is an open file. Two listeners of 1,000 for strangers must leave some for
+    # the ingester's; many engines allow 1,024 in all.
+    ulimit -Sn 65536 2>/dev/null || ulimit -Sn "$(ulimit -Hn)"
     exec mosquitto -c "$used" ;;
 reload)
     # One after the other, or the one that began first might end last.

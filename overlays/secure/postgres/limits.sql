@@ -6,9 +6,9 @@
 -- for its own sessions. What it cannot: temp_file_limit, the number of its connections, and the
 -- memory of a process, which docker-compose.yml limits.
 
--- Of 100 in all: neither keeps the other or the owner out.
-ALTER ROLE ingester LOGIN CONNECTION LIMIT 10;
-ALTER ROLE reader LOGIN CONNECTION LIMIT 20;
+-- Both together less than max_connections: neither keeps the other or the owner out.
+ALTER ROLE ingester LOGIN CONNECTION LIMIT 5;
+ALTER ROLE reader LOGIN CONNECTION LIMIT 10;
 
 -- For this database, which wins over what is set for a role in general.
 ALTER ROLE ingester RESET ALL;
