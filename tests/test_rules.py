@@ -6,6 +6,7 @@ What it does not: run the ingester. It looks at what git tracks or would track.
 
 import ast
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,25 +17,18 @@ import pytest
 from dotenv import dotenv_values
 
 from ingester.rejection import Reason
+from tests.checkout import CHECKOUT, files_of
 
-CHECKOUT = Path(__file__).resolve().parent.parent
 THIRD_PARTY = {"paho": "paho-mqtt", "psycopg2": "psycopg2-binary", "dotenv": "python-dotenv"}
 FUNCTION_LINES_MAX = 70
 COLUMNS_MAX = 100
 
 
-def git(*arguments: str) -> list[str]:
-    # The checkout may be another user's, as in a container.
-    command = ["git", "-c", "safe.directory=*", *arguments]
-    done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, check=True)
-    return [line for line in done.stdout.split("\0") if line]
-
-
 @cache
 def files(*folders: str) -> dict[str, Path]:
     """Return the files that git tracks, or would after `git add`, by their names here."""
-    names = git("ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", *folders)
-    return {name: CHECKOUT / name for name in sorted(names) if (CHECKOUT / name).is_file()}
+    inside = tuple(f"{folder}/" for folder in folders) or ("",)
+    return {name: path for name, path in files_of(CHECKOUT).items() if name.startswith(inside)}
 
 
 @cache
@@ -295,11 +289,45 @@ TEXTS = [name for name in files() if not name.endswith(".png")]
 
 
 @pytest.mark.parametrize("name", TEXTS)
-def test_a_text_file_is_utf8_with_lf_endings_here_and_on_windows(name: str) -> None:
+def test_a_text_file_is_utf8_with_lf_endings(name: str) -> None:
     content = files()[name].read_bytes()
     assert b"\r" not in content
     content.decode("utf-8")
-    assert git("check-attr", "-z", "eol", "--", name) == [name, "eol", "lf"]
+
+
+def test_git_gives_every_text_file_lf_endings_on_windows_too() -> None:
+    lines = (CHECKOUT / ".gitattributes").read_text("utf-8").splitlines()
+    rules = [line for line in lines if line and not line.startswith("#")]
+    assert rules == ["* text=auto eol=lf", "*.png binary"]
+
+
+IGNORED = "# x\n/top\n/top.d/\n*.log\n!kept.log\nx/\n/deep/*.txt\n"
+
+
+def test_what_a_clone_would_have_is_what_git_would_take(tmp_path: Path) -> None:
+    if not shutil.which("git"):  # this alone needs it
+        return
+    tree = tmp_path / "tree"
+    for name in (
+        *("top", "y/top", "top.d/a", "y/top.d/a", "x/a", "y/x/a", "z/x", "data/a"),
+        *("a.log", "y/a.log", "kept.log", "y/kept.log", "deep/a.txt", "deep/a.py", "y/deep/a.txt"),
+    ):
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        (tree / name).touch()
+    (tree / "link").symlink_to("kept.log")
+    (tree / ".gitignore").write_text(IGNORED)
+    (tree / "data/.gitignore").write_text("*\n!.gitignore\n")
+    assert set(files_of(tree)) == git_list(tmp_path, tree)
+    assert set(files_of(CHECKOUT)) == git_list(tmp_path, CHECKOUT)
+
+
+def git_list(tmp_path: Path, tree: Path) -> set[str]:
+    """What git would take from a folder that it does not know."""
+    git = ["git", "-c", "core.excludesFile=/dev/null", f"--git-dir={tmp_path / 'git'}"]
+    subprocess.run([*git, "init", "--quiet", "--bare"], check=True)
+    command = [*git, f"--work-tree={tree}", "ls-files", "-z", "--others", "--exclude-standard"]
+    done = subprocess.run(command, cwd=tree, capture_output=True, text=True, check=True)
+    return {name for name in done.stdout.split("\0") if (tree / name).is_file()}
 
 
 DOCUMENTS = [name for name in TEXTS if name.endswith(".md")]

@@ -435,6 +435,7 @@ def test_a_time_zone_goes_by_its_iana_name(key: str) -> None:
 def test_a_time_zone_that_is_none_is_named(key: str) -> None:
     (problem,) = problems_of(DOTENV | {"DEVICE_DEFAULT_TZ": key})
     assert problem.startswith("DEVICE_DEFAULT_TZ: ")
+    assert "of an old name, such as US/Eastern, write the new one" in problem
 
 
 # What os.environ makes of the byte 0xFF: nothing that UTF-8, and so MQTT, can say.
@@ -480,9 +481,8 @@ NAMED_USER = DOTENV | {"MQTT_USERNAME": "me"}
 
 def secret_file(folder: Path, content: bytes, mode: int = 0o600) -> Path:
     file = folder / "secret"
-    file.touch(mode)
-    file.chmod(mode)
     file.write_bytes(content)
+    file.chmod(mode)
     return file
 
 
