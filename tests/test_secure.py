@@ -511,9 +511,11 @@ def test_a_removed_device_is_cut_off_and_its_password_is_dead(stack: SecureStack
 def test_of_a_removed_device_the_broker_keeps_nothing_whether_it_is_connected_or_not(
     stack: SecureStack,
 ) -> None:
-    kept = stack.folder / "mosquitto/data/mosquitto.db"  # written every 5 s
+    kept = stack.folder / "mosquitto/data/mosquitto.db"
 
     def named_in_it() -> set[str]:
+        save = "kill -USR1 1; until ls mosquitto/data/mosquitto.db; do sleep 0.1; done"
+        stack.compose("exec", "-T", "--user", "1883", "mosquitto", "sh", "-c", save)
         return set(re.findall(r"leaver-\d-\w+", kept.read_bytes().decode("latin-1")))
 
     leavers = {
