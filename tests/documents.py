@@ -33,6 +33,7 @@ _ITSELF = "runs these tests"
 _NAMED = "is only named; the whole command stands elsewhere and is typed there"
 _MACHINE = "changes the machine; test_systemd.py has systemd read the units"
 _STACK = "test_stack.py runs it, on ports and with data of its own"
+_ASKS = "asks for a new password, with which the later ones would not work"
 _RELEASE = "needs a newer release; test_pull.py makes one, and types it"
 _NETWORK = "asks a registry for what is newest today"
 _SERVICE = "homelab-telemetry.service"
@@ -76,6 +77,8 @@ NOT_TYPED = {
     "python -m ingester.app": _NAMED,
     "python -m ingester.top": _NAMED,
     "pg_restore --list": _NAMED,
+    "psql -v database=qs -f": _NAMED,
+    r'docker compose exec postgres psql -U qs -d qs -c "\password"': _ASKS,
     "mosquitto_pub -l": _NAMED,
     "sudo tar -czf ../homelab.tar.gz .": _SUDO,
     "sudo tar -xzf homelab.tar.gz -C FOLDER": _ANOTHER_MACHINE,
