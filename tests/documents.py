@@ -76,6 +76,9 @@ NOT_TYPED = {
     "docker compose up": "is only named: without -d it stays in the foreground",
     "python -m ingester.app": _NAMED,
     "python -m ingester.top": _NAMED,
+    "DOCKER_HOST=unix:///run/podman/podman.sock DOCKER_BUILDKIT=0 docker compose up -d --wait": (
+        "needs Podman; the same with Docker is typed"
+    ),
     "pg_restore --list": _NAMED,
     "psql -v database=qs -f": _NAMED,
     r'docker compose exec postgres psql -U qs -d qs -c "\password"': _ASKS,
