@@ -1145,6 +1145,7 @@ def test_every_command_of_the_overlays_documents_works_as_typed_in_a_terminal(
     stack: SecureStack,
 ) -> None:
     (stack.folder / ".venv").symlink_to(sys.prefix)
+    stack.setup("--renew", "telemetry.lan", "192.168.1.10")  # other tests set it up with none
     stack.psql("DELETE FROM events WHERE device_id = 'esp32-01'")
     down = False
     for shown in documents.to_type(documents.SECURE):
