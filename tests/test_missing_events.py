@@ -231,7 +231,7 @@ def test_an_overflow_is_told_for_its_own_salt_and_boot_alone(cursor: Any) -> Non
             insert(cursor, numbered([1, 10], boot=boot, salt=salt))
     insert(cursor, numbered([1, 10], "esp32-02"))
     told = [{"boot": 1, "from": 2, "to": 4}, {"boot": 1, "from": 4, "to": 6}]
-    told += [{"boot": 1, "from": 8, "to": 8}, {"boot": 2, "from": 0, "to": 9}]
+    told += [{"boot": 1, "from": 8, "to": 8, "salt": SALT}, {"boot": 2, "from": 0, "to": 9}]
     rows = [dropped("esp32-01", SALT, n, json.dumps(meta)) for n, meta in enumerate(told, 1)]
     insert(cursor, rows)
     assert missing(cursor) == sorted(
@@ -258,9 +258,19 @@ ODD_META = [
     '{"from": 2, "to": null, "boot": 1}',
     '{"from": [2], "to": {"a": 3}, "boot": 1}',
     '{"from": "two", "to": "three", "boot": "1"}',
+    '{"from": 2, "to": 3, "boot": 1, "salt": "00000001"}',
+    '{"from": 2, "to": 3, "boot": 1, "salt": {"a": [1]}}',
+    '{"from": 2, "to": 3, "boot": 1, "salt": 7}',
     '{"from": 2, "to": 3, "boot": 1e300}',
     '{"from": 2, "to": 3, "boot": ["1"]}',
 ]
+
+
+def test_an_overflow_can_be_told_under_a_later_salt(cursor: Any) -> None:
+    insert(cursor, numbered([1, 10]) + numbered([1, 10], "esp32-02"))
+    told = json.dumps({"salt": SALT, "boot": 1, "from": 2, "to": 8})
+    insert(cursor, [dropped("esp32-01", OTHER_SALT, 1, told)])
+    assert missing(cursor) == [("esp32-01", 1, 9, 9), ("esp32-02", 1, 2, 9)]
 
 
 def test_a_meta_that_makes_no_sense_tells_nothing(cursor: Any) -> None:

@@ -463,7 +463,7 @@ DESCRIBE = """
     UNION ALL
     SELECT proname, prokind, proacl::text, pg_get_functiondef(oid), obj_description(oid)
     FROM pg_proc WHERE pronamespace = 'public'::regnamespace
-    ORDER BY 1
+    ORDER BY 1, 2
 """
 
 

@@ -37,7 +37,9 @@ BEGIN
     IF to_regclass('accounted_events') IS NULL THEN
         CREATE VIEW accounted_events AS
         SELECT device_id,
-            device_id || '-' || substr(event_id, length(device_id) + 2, 8) || '-'
+            -- What was dropped can be of an earlier boot, or of an earlier store with its own salt.
+            device_id || '-'
+                || coalesce(meta ->> 'salt', substr(event_id, length(device_id) + 2, 8)) || '-'
                 || (meta ->> 'boot') || '-' AS run,
             CASE
                 WHEN meta ->> 'from' ~ '^[1-9][0-9]{0,17}$' AND meta ->> 'to' ~ '^[1-9][0-9]{0,17}$'
