@@ -193,12 +193,17 @@ BEGIN
                     lag(sequence, 1, 0::bigint) OVER (PARTITION BY run ORDER BY sequence)
                         AS previous
                 FROM (
-                    SELECT device_id, rtrim(event_id, '0123456789') AS run,
-                        split_part(event_id, '-', -1)::bigint AS sequence, ts_server
-                    FROM events
-                    WHERE EXISTS (SELECT FROM incomplete) AND has_sequence(event_id, device_id)
+                    SELECT device_id, run, split_part(event_id, '-', -1)::bigint AS sequence,
+                        ts_server
+                    FROM (
+                        SELECT device_id, event_id, rtrim(event_id, '0123456789') AS run, ts_server
+                        FROM events
+                        WHERE EXISTS (SELECT FROM incomplete)
+                            AND rtrim(event_id, '0123456789') IN (SELECT run FROM incomplete)
+                        OFFSET 0  -- so that has_sequence(), the dear part, is asked of these alone
+                    ) AS of_incomplete
+                    WHERE has_sequence(event_id, device_id)
                 ) AS stored
-                WHERE run IN (SELECT run FROM incomplete)
             ) AS ordered
             WHERE previous < sequence - 1
                 -- As in the function.
