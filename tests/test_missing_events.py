@@ -230,7 +230,7 @@ def test_an_overflow_is_told_for_its_own_salt_and_boot_alone(cursor: Any) -> Non
         for boot in (1, 2):
             insert(cursor, numbered([1, 10], boot=boot, salt=salt))
     insert(cursor, numbered([1, 10], "esp32-02"))
-    told = [{"boot": 1, "from": 2, "to": 4}, {"boot": 1, "from": 4, "to": 6}]
+    told: list[dict[str, Any]] = [{"boot": 1, "from": 2, "to": 4}, {"boot": 1, "from": 4, "to": 6}]
     told += [{"boot": 1, "from": 8, "to": 8, "salt": SALT}, {"boot": 2, "from": 0, "to": 9}]
     rows = [dropped("esp32-01", SALT, n, json.dumps(meta)) for n, meta in enumerate(told, 1)]
     insert(cursor, rows)
