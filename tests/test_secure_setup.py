@@ -134,7 +134,7 @@ def test_where_docker_cannot_be_asked_nothing_is_changed_and_it_is_said(
     before = state(stack.secrets)
     for variables in (
         {"DOCKER_HOST": f"unix://{stack.folder}/no.sock"},
-        {"POSTGRES_PORT": "none"},  # Compose alone refuses
+        {"COMPOSE_PROJECT_NAME": "", "POSTGRES_PORT": "none"},  # Compose alone refuses
     ):
         for command in (("device", "add", "x"), ("device", "remove", "here"), ("setup", "--renew")):
             done = stack.run(
