@@ -117,8 +117,10 @@ GOES_ON = re.compile(r"mosquitto_sub(?!.* -C )|logs.* -f\b")
 _FENCE = re.compile(r"^([ ]*)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 _HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
 _CODE = re.compile(r"`([^`]+)`")
-# [text](target), ![text](target), each with or without a "title", and [name]: target.
-_LINK = re.compile(r"""(?:\]\(|^ {0,3}\[[^]]+\]:[ ]+)<?([^)\s>]+)""", re.MULTILINE)
+# [text](target) and ![text](target), with or without a title; [name]: target; and HTML's own.
+_LINK = re.compile(
+    r"""(?:\]\(|^ {0,3}\[[^]]+\]: +|<(?:a|img) [^>]*(?:href|src)=")<?([^)\s>"]+)""", re.MULTILINE
+)
 # What a line of a block without a language, or code between backticks, begins with if it is a
 # command. With nothing behind it, it is only the program's name.
 _COMMAND = re.compile(

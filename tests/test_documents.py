@@ -77,9 +77,10 @@ See [this](a.md#b) and ![a picture](c.png "its title"), not `[that](d.md)`.
 ```
 ## Linked & more
 [name]: g.md
+<img alt="a" src="h.svg">
 """
     assert documents.anchors(text) == {"whats-up-or-down", "linked--more", "linked--more-1"}
-    assert documents.links(text) == ["a.md#b", "c.png", "e.md", "g.md"]
+    assert documents.links(text) == ["a.md#b", "c.png", "e.md", "g.md", "h.svg"]
 
 
 @pytest.mark.parametrize("name", documents.documents())
