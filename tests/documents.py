@@ -33,6 +33,7 @@ _ITSELF = "runs these tests"
 _NAMED = "is only named; the whole command stands elsewhere and is typed there"
 _MACHINE = "changes the machine; test_systemd.py has systemd read the units"
 _STACK = "test_stack.py runs it, on ports and with data of its own"
+_ASKS = "asks for a new password, with which the later ones would not work"
 _RELEASE = "needs a newer release; test_pull.py makes one, and types it"
 _NETWORK = "asks a registry for what is newest today"
 _SERVICE = "homelab-telemetry.service"
@@ -75,7 +76,12 @@ NOT_TYPED = {
     "docker compose up": "is only named: without -d it stays in the foreground",
     "python -m ingester.app": _NAMED,
     "python -m ingester.top": _NAMED,
+    "DOCKER_HOST=unix:///run/podman/podman.sock DOCKER_BUILDKIT=0 docker compose up -d --wait": (
+        "needs Podman; the same with Docker is typed"
+    ),
     "pg_restore --list": _NAMED,
+    "psql -v database=qs -f": _NAMED,
+    r'docker compose exec postgres psql -U qs -d qs -c "\password"': _ASKS,
     "mosquitto_pub -l": _NAMED,
     "sudo tar -czf ../homelab.tar.gz .": _SUDO,
     "sudo tar -xzf homelab.tar.gz -C FOLDER": _ANOTHER_MACHINE,

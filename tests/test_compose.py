@@ -204,6 +204,20 @@ def test_no_process_of_the_ingester_is_root_or_can_become_it(stack: Compose) -> 
         assert process["NoNewPrivs"] == "1", process
 
 
+@pytest.mark.parametrize("service", [*CONTAINERS, "schema"])
+def test_every_container_has_a_read_only_root_and_few_capabilities(
+    stack: Compose, service: str
+) -> None:
+    host = stack.inspect(service)["HostConfig"]
+    # A backup lies in the database's /tmp until `docker compose cp` takes it.
+    assert host["ReadonlyRootfs"] or service == "postgres"
+    assert host["CapDrop"] == ["ALL"]
+    assert {name.removeprefix("CAP_") for name in host["CapAdd"] or ()} <= {
+        *("CHOWN", "DAC_OVERRIDE", "FOWNER", "SETGID", "SETUID")
+    }
+    assert "no-new-privileges:true" in host["SecurityOpt"]
+
+
 @pytest.mark.parametrize("path", ["/app/ingester/app.py", "/app/new", "/usr/bin/new", "/etc/new"])
 def test_not_even_root_can_write_into_the_ingesters_root_file_system(
     stack: Compose, path: str

@@ -63,7 +63,7 @@ def test_every_block_is_typed_as_a_whole_by_a_test_that_is_there() -> None:
 @pytest.mark.parametrize("name", documents.documents())
 def test_a_one_line_query_waits_for_no_key(name: str) -> None:
     for command in documents.find(name, documents.text_of(name)):
-        if re.search(r"\bpsql\b.* -c \"", command.text) and " -T " not in command.text:
+        if re.search(r"\bpsql\b.* -c \"[^\\]", command.text) and " -T " not in command.text:
             assert " -P pager=off " in command.text, command
 
 

@@ -335,6 +335,27 @@ def git_list(tmp_path: Path, tree: Path) -> set[str]:
 # --- the documents -------------------------------------------------------------------
 
 
+DOCUMENTS = [name for name in TEXTS if name.endswith(".md")]
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_no_document_has_a_password_on_a_command_line(name: str) -> None:
+    # Everybody on a machine can read those; a file of options and the environment they cannot.
+    given = r"mosquitto_\w+ .*(-P|--pw) (?!/)|PASSWORD '|--password[ =]|-e \w*PASSWORD="
+    for line in files()[name].read_text("utf-8").splitlines():
+        assert not re.search(given, line), line
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_what_devices_send_is_shown_as_text(name: str) -> None:
+    # Else they could write to the terminal of whoever listens. What the ingester publishes is not
+    # theirs: it is JSON, without control characters.
+    devices = re.compile(r"^[a-z].*mosquitto_sub .*-t '?qs/v1/(#|\+/events)")
+    for line in files()[name].read_text("utf-8").splitlines():
+        assert not devices.search(line) or "| cat -v" in line, line
+        assert not re.search(r"\bpsql .*(-\w*A|--no-align)", line), line
+
+
 def first_cells(text: str) -> list[str]:
     """Return what stands in backticks in the first cell of each table row."""
     rows = re.findall(r"^\|([^|]*)\|", text, re.MULTILINE)
