@@ -111,7 +111,7 @@ class DroppedCount:
             self._said_at = now
             log.warning(
                 "MQTT: the broker has dropped %d messages since it started: a queue is full, of"
-                " this or another client (README, Troubleshooting)",
+                " this or another client (docs/troubleshooting.md)",
                 self.messages,
             )
 

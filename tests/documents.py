@@ -1,9 +1,9 @@
 """The commands that the documents show, and why some are not typed by a test.
 
-What it does: finds each command in each document, in fenced blocks and between backticks.
-What it does not: type them. test_secure.py types those for the overlay, test_stack.py
-those without Docker, test_compose.py all others, and the tests named in BLOCKS what has to be
-typed as a whole.
+What it does: finds each command in each document, in fenced blocks and between backticks, and
+the documents' headings and links. What it does not: type a command, or judge a document.
+test_secure.py types the commands for the overlay, test_stack.py those without Docker,
+test_compose.py all others, and the tests named in BLOCKS what has to be typed as a whole.
 
 Invariant: a command that is not in NOT_TYPED is typed by a test, so a new one is as well.
 """
@@ -25,7 +25,7 @@ HISTORY = ("CHANGELOG.md", "benchmark/results/")
 # A ```shell block needs a state of its own. It is typed as a whole, by one test for each chapter.
 BLOCKS = {
     "Backup and restore": "tests/test_backup.py",
-    "Troubleshooting": "tests/test_compose.py",
+    "The broker does not start": "tests/test_compose.py",
 }
 
 _ANOTHER_MACHINE = "is for another machine"
@@ -92,7 +92,6 @@ NOT_TYPED = {
     "pip install -r ingester/requirements.txt": "is what the image's build does",
     "tests/run": _ITSELF,
     "tests/run --faults": _ITSELF,
-    'tests/run -m "not services and not compose"': _ITSELF,
     "tests/run --faults --write-faults": _ITSELF,
     "tests/run --fast": _ITSELF,
     "tests/run tests/test_store.py -k conflict": _ITSELF,
@@ -124,6 +123,10 @@ GOES_ON = re.compile(r"mosquitto_sub(?!.* -C )|logs.* -f\b")
 _FENCE = re.compile(r"^([ ]*)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 _HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
 _CODE = re.compile(r"`([^`]+)`")
+# [text](target) and ![text](target), with or without a title; [name]: target; and HTML's own.
+_LINK = re.compile(
+    r"""(?:\]\(|^ {0,3}\[[^]]+\]: +|<(?:a|img) [^>]*(?:href|src)=")<?([^)\s>"]+)""", re.MULTILINE
+)
 # What a line of a block without a language, or code between backticks, begins with if it is a
 # command. With nothing behind it, it is only the program's name.
 _COMMAND = re.compile(
@@ -227,3 +230,35 @@ def blocks(chapter: str) -> list[str]:
     found = [under.search(text_of(name)) for name in documents() if not name.startswith(HISTORY)]
     (text,) = [match[1] for match in found if match]
     return [textwrap.dedent(fence[3]) for fence in _FENCE.finditer(text) if fence[2] == "shell"]
+
+
+def chapter(document: str, heading: str) -> str:
+    """The text under one heading of a document, up to the next heading."""
+    in_code, found, chapters = False, False, []
+    for line in text_of(document).splitlines():
+        in_code ^= line.lstrip().startswith("```")
+        if line.startswith("#") and not in_code:
+            if found := line.lstrip("#").strip() == heading:
+                chapters.append("")
+        elif found:
+            chapters[-1] += f"{line}\n"
+    assert len(chapters) == 1, f"{len(chapters)} headings of {document} are {heading!r}"
+    return chapters[0]
+
+
+def anchors(text: str) -> set[str]:
+    """What a link may name behind `#`, as GitHub makes it of each heading."""
+    found: list[str] = []
+    for heading in _HEADING.findall(_FENCE.sub("", text)):
+        title = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading).strip().lower()
+        found.append(re.sub(r"[^\w\- ]", "", title).replace(" ", "-"))
+    # GitHub numbers the second heading of a name.
+    return {
+        name if not (before := found[:i].count(name)) else f"{name}-{before}"
+        for i, name in enumerate(found)
+    }
+
+
+def links(text: str) -> list[str]:
+    """Where the links and images of a document lead, in their order."""
+    return _LINK.findall(_CODE.sub("", _FENCE.sub("", text)))

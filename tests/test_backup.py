@@ -1,7 +1,7 @@
 """A stack's life as its owner sees it: upgraded, backed up, and begun again from the backup.
 
-What it does: begins with a database of the first release, upgrades it by the very command of
-the issue, and types the commands of README.md, "Backup and restore", which stand there in
+What it does: begins with a database of the first release, upgrades it by the documented
+command, and types the commands of docs/operating.md, "Backup and restore", which are there in
 ```shell blocks: first to back up, second to restore. (A ```sh block holds commands that work
 at any time; test_compose.py types those.) What it does not: look into the schema; that is
 test_upgrade.py.

@@ -1,6 +1,6 @@
 """docker-compose.yml as it is: what a person types, sees, and may rely on.
 
-What it does: brings the stack up, and goes through names, hardening, the README's commands,
+What it does: brings the stack up, and goes through names, hardening, the documents' commands,
 restarts, upgrades, settings and outages; then once more with the older broker, for what
 depends on it. What it does not: look at what the plain processes show as well (the event
 contract, rates, kills at each step).
@@ -275,7 +275,7 @@ def test_the_brokers_log_is_a_file_on_the_host_and_a_quiet_stack_writes_nothing_
     )
 
 
-# --- what the README says to type ----------------------------------------------------
+# --- what the documents say to type ---------------------------------------------------
 
 
 # What goes on until this is pressed.
@@ -289,7 +289,7 @@ HEARD = re.compile('"listened"|"online"|Connected to Postgres')
 # Typed by a test below, which looks at what becomes of it.
 SIMULATOR = ".venv/bin/python devices/simulator.py --host localhost"
 INGESTER = "MQTT_HOST=localhost POSTGRES_HOST=localhost .venv/bin/python -m ingester.app"
-# What README shows of an id that is not there.
+# What deadletters.md shows of an id that does not exist.
 EXIT_CODES = {"docker compose exec ingester python -m ingester.deadletters replay 99": 2}
 REPLAYS = (
     "docker compose exec ingester python -m ingester.deadletters"
@@ -302,7 +302,7 @@ CHANGES = re.compile(
 )
 # Takes 40 s, and harms nobody.
 DEMO = "docker compose run --rm demo "
-# The dead letters of the README's chapter about them: its event of 85 degrees, and one that
+# The dead letters of deadletters.md: its event of 85 degrees, and one that
 # came on another device's topic.
 DEAD_LETTERS = """
     INSERT INTO dead_letters (id, received_at, reason, error, topic, device_id, event_id, payload)
@@ -313,7 +313,8 @@ DEAD_LETTERS = """
     (3, now(), 'device_mismatch', 'x', 'qs/v1/gateway/events', 'gateway', 'door-3-7',
         '{"schema": 1, "event_id": "door-3-7", "device_id": "door-3", "event_type": "door"}')
     ON CONFLICT (id) DO UPDATE SET (reason, topic, device_id, payload, replayed_at) =
-        (excluded.reason, excluded.topic, excluded.device_id, excluded.payload, NULL)
+        (excluded.reason, excluded.topic, excluded.device_id, excluded.payload, NULL);
+    SELECT setval(pg_get_serial_sequence('dead_letters', 'id'), max(id)) FROM dead_letters
 """
 
 
@@ -389,15 +390,18 @@ def test_what_the_documents_have_listen_hears_something_until_ctrl_c(stack: Comp
 
 
 @both_brokers
-def test_the_readmes_one_line_shows_the_ack(stack: Compose) -> None:
-    (line,) = [c for c in documents.to_type(documents.DEFAULT) if " mosquitto_rr " in c]
-    with typed(stack, line) as terminal:
-        assert terminal.wait_end() == 0
-    assert terminal.output in documents.text_of("README.md")
-    assert json.loads(terminal.output)["status"] == "stored"
+def test_the_readmes_two_lines_show_the_acks_that_it_shows(stack: Compose) -> None:
+    lines = [c for c in documents.to_type(documents.DEFAULT) if " mosquitto_rr " in c]
+    said = []
+    for line in lines:
+        with typed(stack, line) as terminal:
+            assert terminal.wait_end() == 0
+        assert terminal.output in documents.text_of("README.md")
+        said.append(json.loads(terminal.output)["status"])
+    assert said == ["stored", "rejected"]
 
 
-def test_the_readmes_simulator_on_this_machine_stores_until_ctrl_c(stack: Compose) -> None:
+def test_the_documented_simulator_on_this_machine_stores_until_ctrl_c(stack: Compose) -> None:
     with_python(stack)
     with typed(stack, SIMULATOR) as terminal:
         terminal.wait_for(" stored,")
@@ -406,7 +410,7 @@ def test_the_readmes_simulator_on_this_machine_stores_until_ctrl_c(stack: Compos
     assert "every event is stored" in terminal.output
 
 
-def test_the_readmes_ingester_as_a_plain_process_stores_until_ctrl_c(put_back: Compose) -> None:
+def test_the_documented_ingester_as_a_plain_process_stores_until_ctrl_c(put_back: Compose) -> None:
     with_python(put_back)
     put_back.compose("stop", "ingester")
     with typed(put_back, INGESTER) as terminal, Device(1883, "plain") as device:
@@ -427,7 +431,7 @@ SPOILT = {
 
 @both_brokers
 @pytest.mark.parametrize("how", SPOILT)
-def test_a_broker_whose_file_is_spoilt_is_put_right_by_the_readmes_commands(
+def test_a_broker_whose_file_is_spoilt_is_put_right_by_the_documented_commands(
     put_back: Compose, how: str
 ) -> None:
     stack = put_back
@@ -448,7 +452,7 @@ def test_a_broker_whose_file_is_spoilt_is_put_right_by_the_readmes_commands(
         with Device(1883, name):
             pass
 
-    (commands,) = documents.blocks("Troubleshooting")
+    (commands,) = documents.blocks("The broker does not start")
     stack.run("bash", "-euc", commands)
 
     stack.wait_healthy()
@@ -738,7 +742,7 @@ def test_the_demo_goes_on_after_stop_down_and_up_in_any_order_and_ends_without_a
     put_back: Compose,
 ) -> None:
     stack = put_back
-    chapter = (stack.folder / "README.md").read_text().partition("## Devices to try it with")[2]
+    chapter = documents.chapter("docs/devices.md", "Simulated devices")
     start, stop, end = (
         re.findall(rf"^(docker compose --profile demo {what}.*)$", chapter, re.MULTILINE)[0].split()
         for what in ("up", "stop", "down")

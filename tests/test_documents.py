@@ -1,6 +1,6 @@
-"""The documents' commands: they are found, typed unless it is said why not, and need no key.
+"""The documents: their commands are found and typed, their links lead somewhere, README is short.
 
-What it does: reads. What it does not: type them; tests/documents.py says who does.
+What it does: reads. What it does not: type a command; tests/documents.py says who does.
 """
 
 import re
@@ -65,6 +65,52 @@ def test_a_one_line_query_waits_for_no_key(name: str) -> None:
     for command in documents.find(name, documents.text_of(name)):
         if re.search(r"\bpsql\b.* -c \"[^\\]", command.text) and " -T " not in command.text:
             assert " -P pager=off " in command.text, command
+
+
+def test_headings_and_links_are_found_as_github_does() -> None:
+    text = """
+# What's `up`, or *down*?
+See [this](a.md#b) and ![a picture](c.png "its title"), not `[that](d.md)`.
+## [Linked](e.md) & more
+```
+# no heading, and [no link](f.md)
+```
+## Linked & more
+[name]: g.md
+<img alt="a" src="h.svg">
+"""
+    assert documents.anchors(text) == {"whats-up-or-down", "linked--more", "linked--more-1"}
+    assert documents.links(text) == ["a.md#b", "c.png", "e.md", "g.md", "h.svg"]
+
+
+@pytest.mark.parametrize("name", documents.documents())
+def test_every_link_leads_somewhere(name: str) -> None:
+    for link in documents.links(documents.text_of(name)):
+        if re.match(r"\w+:", link):
+            continue  # another site, which no test asks
+        path, _, anchor = link.partition("#")
+        target = (CHECKOUT / name).parent / path if path else CHECKOUT / name
+        assert target.resolve().is_relative_to(CHECKOUT.resolve()), link
+        assert target.exists(), link
+        if anchor:
+            assert anchor in documents.anchors(target.read_text("utf-8")), link
+
+
+def test_the_readme_has_at_most_300_lines_and_leads_to_every_page() -> None:
+    text = documents.text_of("README.md")
+    assert len(text.splitlines()) <= 300
+    pages = {name for name in documents.documents() if name.startswith("docs/")}
+    assert pages
+    in_the_map = set(documents.links(documents.chapter("README.md", "The documentation")))
+    assert pages <= in_the_map
+
+
+@pytest.mark.parametrize("name", sorted(n for n in documents.documents() if n.startswith("docs/")))
+def test_a_page_opens_with_the_question_that_it_answers(name: str) -> None:
+    title, question = documents.text_of(name).split("\n\n")[:2]
+    assert re.fullmatch(r"# .+", title)
+    assert "?" in question
+    assert len(question.splitlines()) <= 3
 
 
 # With DESC alone, PostgreSQL puts NULL first; and a device without a clock sends none.

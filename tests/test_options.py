@@ -202,7 +202,7 @@ def git_sees_its_files(stack: Compose) -> bool:
 
 
 class Asker:
-    """A device that publishes one event and waits for its ACK, by the README's mosquitto_rr."""
+    """A device that publishes one event and waits for its ACK, by the documented mosquitto_rr."""
 
     def __init__(self, port: str, device_id: str, *login: str) -> None:
         self.device_id = device_id

@@ -207,7 +207,7 @@ def both_changed(origin: Clone, owner: Clone) -> tuple[str, str]:
 
 
 def settle(owner: Clone, mine: str, theirs: str) -> None:
-    """Edit the file as the README says; keep the owner's line."""
+    """Edit the file as the documents say; keep the owner's line."""
     file = owner.folder / "docker-compose.yml"
     marked = rf"^<<<<<<< .*\n{theirs}=======\n{mine}>>>>>>> .*\n"
     text, count = re.subn(marked, mine, file.read_text(), flags=re.MULTILINE)
@@ -215,7 +215,7 @@ def settle(owner: Clone, mine: str, theirs: str) -> None:
     file.write_text(text)
 
 
-def test_a_conflict_is_settled_by_what_the_readme_says_and_the_next_upgrade_works(
+def test_a_conflict_is_settled_by_what_the_documents_say_and_the_next_upgrade_works(
     origin: Clone, owner: Clone, both_changed: tuple[str, str]
 ) -> None:
     mine, theirs = both_changed
@@ -237,7 +237,7 @@ def test_a_conflict_is_settled_by_what_the_readme_says_and_the_next_upgrade_work
     assert mine in (owner.folder / "docker-compose.yml").read_text()
 
 
-def test_a_conflict_with_what_its_owner_has_committed_is_settled_as_the_readme_says(
+def test_a_conflict_with_what_its_owner_has_committed_is_settled_as_the_documents_say(
     origin: Clone, owner: Clone, both_changed: tuple[str, str]
 ) -> None:
     mine, theirs = both_changed

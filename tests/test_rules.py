@@ -1,6 +1,6 @@
 """The boundaries of this checkout, held by a machine so that nobody needs to argue.
 
-What it does: reads the source, the README and the settings' files, and runs ruff and mypy.
+What it does: reads the source, the documents and the settings' files, and runs ruff and mypy.
 What it does not: run the ingester. It looks at what git tracks or would track.
 """
 
@@ -18,6 +18,7 @@ from dotenv import dotenv_values
 
 from ingester.rejection import Reason
 from tests.checkout import CHECKOUT, files_of
+from tests.documents import chapter
 
 THIRD_PARTY = {"paho": "paho-mqtt", "psycopg2": "psycopg2-binary", "dotenv": "python-dotenv"}
 FUNCTION_LINES_MAX = 70
@@ -331,6 +332,9 @@ def git_list(tmp_path: Path, tree: Path) -> set[str]:
     return {name for name in done.stdout.split("\0") if (tree / name).is_file()}
 
 
+# --- the documents -------------------------------------------------------------------
+
+
 DOCUMENTS = [name for name in TEXTS if name.endswith(".md")]
 
 
@@ -352,38 +356,20 @@ def test_what_devices_send_is_shown_as_text(name: str) -> None:
         assert not re.search(r"\bpsql .*(-\w*A|--no-align)", line), line
 
 
-# --- the README ----------------------------------------------------------------------
-
-
-def chapter(word: str) -> str:
-    """Return the text under the README's one heading with this word, up to the next."""
-    lines = (CHECKOUT / "README.md").read_text("utf-8").splitlines()
-    in_code, found, chapters = False, False, []
-    for line in lines:
-        in_code ^= line.startswith("```")
-        if line.startswith("#") and not in_code:
-            found = word in line
-            if found:
-                chapters.append("")
-        elif found:
-            chapters[-1] += line + "\n"
-    assert len(chapters) == 1, f"{len(chapters)} headings of README.md hold {word!r}"
-    return chapters[0]
-
-
 def first_cells(text: str) -> list[str]:
     """Return what stands in backticks in the first cell of each table row."""
     rows = re.findall(r"^\|([^|]*)\|", text, re.MULTILINE)
     return [code for row in rows for code in re.findall(r"`([^`]+)`", row)]
 
 
-def test_the_readme_lists_exactly_the_reasons() -> None:
-    assert sorted(first_cells(chapter("Reasons"))) == sorted(reason.value for reason in Reason)
+def test_the_contract_lists_exactly_the_reasons() -> None:
+    listed = first_cells(chapter("docs/contract.md", "Reasons"))
+    assert sorted(listed) == sorted(reason.value for reason in Reason)
 
 
-def test_the_readmes_configuration_table_names_every_variable() -> None:
-    named = {word for cell in first_cells(chapter("Configuration")) for word in cell.split()}
-    assert set(dotenv_values(CHECKOUT / ".env")) <= named
+def test_the_table_of_settings_names_every_variable_and_no_other() -> None:
+    named = first_cells(chapter("docs/configuration.md", "Settings"))
+    assert sorted(named) == sorted(dotenv_values(CHECKOUT / ".env"))
 
 
 # --- ruff and mypy -------------------------------------------------------------------

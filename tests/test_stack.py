@@ -1,7 +1,7 @@
 """`tools/stack`, as someone without Docker runs it: the real command, with the shipped .env.
 
 What it does: runs it on free ports with its data in a folder of the test's own, types the
-commands that README.md has for it, takes its ports away, moves data of earlier releases.
+commands that the documents have for it, takes its ports away, moves data of earlier releases.
 What it does not: touch the folder that a stack of this machine's owner uses; look at the units
 (test_systemd.py does).
 
@@ -127,11 +127,11 @@ def other(up: Up) -> Iterator[dict[str, str]]:
         yield up.environment | {"STATE_DIRECTORY": str(folder / "data")}
 
 
-# --- what the README says to type ----------------------------------------------------
+# --- what the documents say to type ---------------------------------------------------
 
 
 def commands() -> list[str]:
-    """Those of the chapter, and all that have `docker compose exec`, as it says to type them."""
+    """Those for it, and all that have `docker compose exec`, as it says to type them."""
     own = documents.to_type(documents.WITHOUT_DOCKER)
     assert len(own) > 5
     typed = [
@@ -169,7 +169,7 @@ def type_command(up: Up, command: str) -> str | None:
     return f"{command}\nexit {process.returncode}:\n{said}{errors}" if process.returncode else None
 
 
-def test_every_command_of_the_readme_works_with_the_shipped_settings(up: Up) -> None:
+def test_every_command_of_the_documents_works_with_the_shipped_settings(up: Up) -> None:
     with ThreadPoolExecutor(8) as pool:
         wrong = [text for text in pool.map(lambda line: type_command(up, line), commands()) if text]
     assert not wrong, "\n\n".join(wrong)

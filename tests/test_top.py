@@ -2,7 +2,7 @@
 
 What it does: gives the frame every kind of payload and size, runs the command with the real
 stack, in files and on real terminals (pty), and ends it in every way. What it does not: look
-at it as a person does; the README shows a frame.
+at it as a person does; docs/operating.md shows a frame.
 
 Invariant: what a view should have counted was counted by devices, or here.
 """

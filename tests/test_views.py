@@ -22,8 +22,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from psycopg2 import errors, extras
 
+from tests.documents import chapter
 from tests.pipeline import Database
-from tests.test_rules import chapter
 from tools.stack import Stack
 
 VIEWS = {
@@ -372,8 +372,8 @@ FILL_DEAD_LETTERS = """
 
 
 def queries(heading: str) -> list[str]:
-    """The queries of one chapter that the README has people type, without psql around them."""
-    block = chapter(heading).split("```sh\n")[1].split("```")[0]
+    """The queries of one chapter that people are told to type, without psql around them."""
+    block = chapter("docs/queries.md", heading).split("```sh\n")[1].split("```")[0]
     found = [shlex.split(command)[-1] for command in block.splitlines()]
     return [query for query in found if " FROM events" in query or " FROM dead_letters" in query]
 
@@ -400,10 +400,10 @@ def test_a_view_reads_by_index_and_not_the_whole_table(database: Database) -> No
         assert 0 < taken <= rows_max, why
 
 
-# --- the queries of the README --------------------------------------------------------
+# --- the documented queries ------------------------------------------------------------
 
 
-def test_the_readmes_query_by_the_devices_clock_begins_with_the_newest(cursor: Any) -> None:
+def test_the_documented_query_by_the_devices_clock_begins_with_the_newest(cursor: Any) -> None:
     cursor.execute("SELECT now()")
     now = cursor.fetchone()[0]
     times = [None if n % 2 else now - timedelta(minutes=n) for n in range(40)]
@@ -422,7 +422,7 @@ def test_the_readmes_query_by_the_devices_clock_begins_with_the_newest(cursor: A
 # --- the queries that find the device that floods -------------------------------------
 
 
-def test_the_readmes_queries_find_the_device_that_floods(cursor: Any) -> None:
+def test_the_documented_queries_find_the_device_that_floods(cursor: Any) -> None:
     cursor.execute("SELECT now()")
     now = cursor.fetchone()[0]
     minutes = {"many": range(40), "few": range(0, 50, 10), "before": range(61, 200)}
