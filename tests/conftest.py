@@ -21,8 +21,8 @@ import pytest
 CHECKOUT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(CHECKOUT))
 
-from tests.findings import Finding, table, write_into  # noqa: E402
-from tests.pipeline import Database, Pipeline  # noqa: E402
+from tests.support.findings import Finding, table, write_into  # noqa: E402
+from tests.support.pipeline import Database, Pipeline  # noqa: E402
 from tools import process  # noqa: E402
 from tools.process import free_port  # noqa: E402
 from tools.stack import Mosquitto, Stack  # noqa: E402

@@ -14,11 +14,11 @@ from typing import NamedTuple
 
 import pytest
 
-from tests import compose, documents
-from tests.compose import VOLUME, Compose
-from tests.device import Device, event
-from tests.load import deliver_rest, load, wait_for_acks
-from tests.pipeline import wait_until
+from tests.support import compose, documents
+from tests.support.compose import VOLUME, Compose
+from tests.support.device import Device, event
+from tests.support.load import deliver_rest, load, wait_for_acks
+from tests.support.pipeline import wait_until
 from tests.test_upgrade import COLUMNS, FIRST_RELEASE, ROWS
 
 pytestmark = [pytest.mark.compose, pytest.mark.timeout(300)]

@@ -22,11 +22,11 @@ import psycopg2
 import pytest
 from dotenv import dotenv_values
 
-from tests import compose, documents
-from tests.compose import BROKER, BROKER_2_0, CONTAINERS, PROJECT, VOLUME, Compose
-from tests.device import Device, event
-from tests.pipeline import wait_until
-from tests.terminal import CTRL_C, Terminal
+from tests.support import compose, documents
+from tests.support.compose import BROKER, BROKER_2_0, CONTAINERS, PROJECT, VOLUME, Compose
+from tests.support.device import Device, event
+from tests.support.pipeline import wait_until
+from tests.support.terminal import CTRL_C, Terminal
 from tools.process import free_port, port_is_free
 
 pytestmark = [pytest.mark.compose, pytest.mark.timeout(300)]

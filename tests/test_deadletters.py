@@ -21,9 +21,9 @@ import psycopg2
 import pytest
 
 from ingester.deadletters.table import PURGE_ROWS_MAX
-from tests.device import event
-from tests.load import devices, events_sent, hear_all, load, wait_for_load
-from tests.pipeline import Database, Pipeline, wait_until
+from tests.support.device import event
+from tests.support.load import devices, events_sent, hear_all, load, wait_for_load
+from tests.support.pipeline import Database, Pipeline, wait_until
 from tools.process import CHECKOUT, clean_environment, free_port, run
 from tools.stack import Stack
 

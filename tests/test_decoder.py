@@ -18,7 +18,7 @@ from ingester import decoder as decoder_module
 from ingester.decoder import AHEAD_EVENTS, EVENTS_MAX, DecodedMessage, Decoder
 from ingester.message import Message
 from ingester.topic import Topics
-from tests.device import event
+from tests.support.device import event
 
 TOPICS = Topics("qs/v1/+/events", "qs/v1/{device_id}/acks", "qs/v1/deadletter", "qs/v1/status")
 PAYLOADS = [

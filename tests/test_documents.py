@@ -1,14 +1,14 @@
 """The documents: their commands are found and typed, their links lead somewhere, README is short.
 
-What it does: reads. What it does not: type a command; tests/documents.py says who does.
+What it does: reads. What it does not: type a command; tests/support/documents.py says who does.
 """
 
 import re
 
 import pytest
 
-from tests import documents
-from tests.documents import Command, commands
+from tests.support import documents
+from tests.support.documents import Command, commands
 from tools.process import CHECKOUT
 
 

@@ -13,12 +13,12 @@ from typing import Any
 import psycopg2
 import pytest
 
-from tests.device import event
-from tests.findings import Finding, find
-from tests.load import connects, database_down, devices, hear_all, peak_megabytes
-from tests.pipeline import Database, Pipeline, wait_until
-from tests.proxy import Proxy
-from tests.trial import PEAK_MEGABYTES_MAX, under_load
+from tests.support.device import event
+from tests.support.findings import Finding, find
+from tests.support.load import connects, database_down, devices, hear_all, peak_megabytes
+from tests.support.pipeline import Database, Pipeline, wait_until
+from tests.support.proxy import Proxy
+from tests.support.trial import PEAK_MEGABYTES_MAX, under_load
 from tools.stack import Stack
 
 Report = Callable[[Finding], None]

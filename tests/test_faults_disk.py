@@ -13,9 +13,9 @@ from pathlib import Path
 import psycopg2
 import pytest
 
-from tests.findings import Finding
-from tests.pipeline import Pipeline, wait_until
-from tests.trial import under_load
+from tests.support.findings import Finding
+from tests.support.pipeline import Pipeline, wait_until
+from tests.support.trial import under_load
 from tools.process import StackError
 from tools.stack import Stack
 

@@ -23,12 +23,12 @@ from ingester import broker as broker_module
 from ingester import mqtt
 from ingester.broker import DROPPED_TOPIC
 from ingester.client import Client
-from tests.device import Device, event
-from tests.findings import find
-from tests.load import connects, hear_all
-from tests.pipeline import Pipeline, wait_until
-from tests.proxy import Flow, Proxy
-from tests.tap import PUBACK, PUBCOMP, PUBLISH, PUBREC, PUBREL, Tap
+from tests.support.device import Device, event
+from tests.support.findings import find
+from tests.support.load import connects, hear_all
+from tests.support.pipeline import Pipeline, wait_until
+from tests.support.proxy import Flow, Proxy
+from tests.support.tap import PUBACK, PUBCOMP, PUBLISH, PUBREC, PUBREL, Tap
 from tests.test_session import acks_for, publish, receive, session, start, tapped
 from tools.process import clean_environment, run
 

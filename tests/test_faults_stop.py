@@ -11,11 +11,11 @@ from contextlib import AbstractContextManager, contextmanager
 
 import pytest
 
-from tests.device import Device, event
-from tests.findings import Finding, find
-from tests.pipeline import Pipeline, wait_until
-from tests.proxy import Proxy
-from tests.trial import under_load
+from tests.support.device import Device, event
+from tests.support.findings import Finding, find
+from tests.support.pipeline import Pipeline, wait_until
+from tests.support.proxy import Proxy
+from tests.support.trial import under_load
 from tools.stack import Stack
 
 Report = Callable[[Finding], None]

@@ -22,9 +22,9 @@ from zoneinfo import ZoneInfo
 import pytest
 
 from tests.conftest import CHECKOUT
-from tests.device import Device, event
-from tests.json_corpus import DOCUMENTS
-from tests.pipeline import Pipeline, wait_until
+from tests.support.device import Device, event
+from tests.support.json_corpus import DOCUMENTS
+from tests.support.pipeline import Pipeline, wait_until
 
 VALID = b'{"schema": 1, "event_id": "device-1-1", "device_id": "device-1", "event_type": "t"}'
 

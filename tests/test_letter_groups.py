@@ -14,7 +14,7 @@ from psycopg2 import extensions
 
 from ingester.rejection import DeadLetter, Reason
 from ingester.store import Store
-from tests.pipeline import Database, Pipeline
+from tests.support.pipeline import Database, Pipeline
 from tools.stack import Stack
 
 NOON = datetime(2026, 2, 10, 12, tzinfo=UTC)

@@ -18,8 +18,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from psycopg2 import extras
 
-from tests.device import Device, event
-from tests.pipeline import Database, Pipeline
+from tests.support.device import Device, event
+from tests.support.pipeline import Database, Pipeline
 from tools.stack import Stack
 
 SALT, OTHER_SALT = "0badcafe", "00000001"

@@ -21,12 +21,12 @@ import psycopg2
 import pytest
 from dotenv import dotenv_values
 
-from tests import compose
-from tests.certificates import Authority
-from tests.compose import Compose
-from tests.device import event
-from tests.pipeline import wait_until
-from tests.secure import OVERLAY, PASSWORD_FILES, SecureStack, missing_rights
+from tests.support import compose
+from tests.support.certificates import Authority
+from tests.support.compose import Compose
+from tests.support.device import event
+from tests.support.pipeline import wait_until
+from tests.support.secure import OVERLAY, PASSWORD_FILES, SecureStack, missing_rights
 from tools.process import CHECKOUT, free_port
 from tools.stack import Stack
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 from dotenv import dotenv_values
 
-from tests.compose import copy_checkout
+from tests.support.compose import copy_checkout
 from tools.process import CHECKOUT
 
 VERSION_FILE = "ingester/__init__.py"

@@ -17,8 +17,8 @@ import pytest
 from dotenv import dotenv_values
 
 from ingester.rejection import Reason
-from tests.checkout import CHECKOUT, files_of
-from tests.documents import chapter
+from tests.support.checkout import CHECKOUT, files_of
+from tests.support.documents import chapter
 
 THIRD_PARTY = {"paho": "paho-mqtt", "psycopg2": "psycopg2-binary", "dotenv": "python-dotenv"}
 FUNCTION_LINES_MAX = 70

@@ -25,13 +25,13 @@ import psycopg2
 import pytest
 from paho.mqtt.enums import MQTTProtocolVersion
 
-from tests import compose, documents
-from tests.certificates import Authority
-from tests.checkout import files_of
-from tests.compose import BROKER, BROKER_2_0, CONTAINERS
-from tests.device import Device, event
-from tests.pipeline import wait_until
-from tests.secure import (
+from tests.support import compose, documents
+from tests.support.certificates import Authority
+from tests.support.checkout import files_of
+from tests.support.compose import BROKER, BROKER_2_0, CONTAINERS
+from tests.support.device import Device, event
+from tests.support.pipeline import wait_until
+from tests.support.secure import (
     PASSWORD_FILES,
     SECRETS,
     Client,
@@ -40,7 +40,7 @@ from tests.secure import (
     environment_of,
     missing_rights,
 )
-from tests.terminal import CTRL_C, Terminal
+from tests.support.terminal import CTRL_C, Terminal
 
 pytestmark = [pytest.mark.compose, pytest.mark.timeout(300)]
 pytest_generate_tests = compose.with_each_broker

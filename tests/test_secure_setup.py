@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from tests import compose
-from tests.certificates import openssl
-from tests.secure import SecureStack, missing_rights
+from tests.support import compose
+from tests.support.certificates import openssl
+from tests.support.secure import SecureStack, missing_rights
 
 pytestmark = [pytest.mark.compose]
 

@@ -40,11 +40,11 @@ from ingester.reply import Reply
 from ingester.settings import Settings
 from ingester.store import Outcome, Store
 from tests.conftest import CHECKOUT
-from tests.device import Device, event
-from tests.findings import find
-from tests.load import connects, load
-from tests.pipeline import Database, Pipeline, insert, restart_from, saved, wait_until
-from tests.tap import PUBACK, PUBLISH, Tap
+from tests.support.device import Device, event
+from tests.support.findings import find
+from tests.support.load import connects, load
+from tests.support.pipeline import Database, Pipeline, insert, restart_from, saved, wait_until
+from tests.support.tap import PUBACK, PUBLISH, Tap
 from tests.test_mqtt import MALFORMED
 
 # --- what is used of paho's private parts ------------------------------------------------

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from ingester.settings import Settings, SettingsError
 from ingester.topic import Topics
-from tests.certificates import Authority, Certificate, openssl
+from tests.support.certificates import Authority, Certificate, openssl
 from tools.process import clean_environment
 
 CHECKOUT = Path(__file__).resolve().parent.parent

@@ -27,9 +27,9 @@ from pathlib import Path
 import pytest
 from dotenv import dotenv_values
 
-from tests import documents
-from tests.compose import copy_checkout
-from tests.device import Device, event
+from tests.support import documents
+from tests.support.compose import copy_checkout
+from tests.support.device import Device, event
 from tools import storage
 from tools.process import CHECKOUT, LOOPBACK, OPEN_FILES, Process, SetupError, free_port, run
 from tools.stack import MQTT_CONNECT, Mosquitto

@@ -20,7 +20,7 @@ from ingester.event import Event
 from ingester.rejection import DeadLetter, Reason, Rejection
 from ingester.sqlstate import FAULTS, Fault, fault_of
 from ingester.store import Outcome, Store
-from tests.pipeline import Database, insert
+from tests.support.pipeline import Database, insert
 
 NOON = datetime(2026, 2, 10, 12, tzinfo=UTC)
 STORED, DUPLICATE, CONFLICT = Outcome.STORED, Outcome.DUPLICATE, Outcome.CONFLICT

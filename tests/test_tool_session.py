@@ -16,11 +16,11 @@ import pytest
 
 from ingester.settings import Settings
 from ingester.tool_session import BrokerUnavailable, ToolSession
-from tests.certificates import Authority
-from tests.device import event
-from tests.load import connects
-from tests.pipeline import Pipeline
-from tests.proxy import Flow, Proxy
+from tests.support.certificates import Authority
+from tests.support.device import event
+from tests.support.load import connects
+from tests.support.pipeline import Pipeline
+from tests.support.proxy import Flow, Proxy
 from tools.process import clean_environment, free_port, run
 from tools.stack import Mosquitto, Stack
 

@@ -38,9 +38,9 @@ from ingester.tool_session import Received
 from ingester.top.frame import ASCII, UNICODE, Style, frame
 from ingester.top.traffic import PENDING_MAX, ROWS_MAX, Traffic
 from ingester.topic import Topics
-from tests.device import Device, event
-from tests.load import database_down, load, wait_for_acks
-from tests.pipeline import Pipeline, wait_until
+from tests.support.device import Device, event
+from tests.support.load import database_down, load, wait_for_acks
+from tests.support.pipeline import Pipeline, wait_until
 from tools.process import CHECKOUT, clean_environment, free_port
 
 TOPICS = Topics(

@@ -22,8 +22,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from psycopg2 import errors, extras
 
-from tests.documents import chapter
-from tests.pipeline import Database
+from tests.support.documents import chapter
+from tests.support.pipeline import Database
 from tools.stack import Stack
 
 VIEWS = {

@@ -22,8 +22,8 @@ from typing import Any
 import pytest
 from dotenv import dotenv_values
 
-from tests.checkout import CHECKOUT, files_of
-from tests.pipeline import wait_until
+from tests.support.checkout import CHECKOUT, files_of
+from tests.support.pipeline import wait_until
 from tools.process import port_is_free
 
 # The broker's image as the checkout names it, and the one from before: many machines have it.

@@ -17,7 +17,7 @@ import psycopg2
 from ingester.event import Event
 from ingester.rejection import Rejection
 from ingester.store import Outcome, Store
-from tests.device import Device
+from tests.support.device import Device
 from tools.stack import Ingester, Mosquitto, Postgres
 
 

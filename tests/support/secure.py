@@ -25,7 +25,7 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from psycopg2.extensions import make_dsn
 
-from tests.compose import Compose
+from tests.support.compose import Compose
 
 OVERLAY = ("docker-compose.yml", "overlays/secure/docker-compose.yml")
 SECRETS = "overlays/secure/secrets"

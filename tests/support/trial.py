@@ -15,10 +15,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from tests.device import Device, event
-from tests.findings import Finding, find
-from tests.load import connects, devices, hear_all, load, peak_megabytes, wait_for_acks
-from tests.pipeline import Pipeline, wait_until
+from tests.support.device import Device, event
+from tests.support.findings import Finding, find
+from tests.support.load import connects, devices, hear_all, load, peak_megabytes, wait_for_acks
+from tests.support.pipeline import Pipeline, wait_until
 
 RECOVERY_SECONDS_MAX = 5.0
 PEAK_MEGABYTES_MAX = 100.0
