@@ -3,7 +3,7 @@
 What it does: backs off between tries and keeps the log readable: one line when a fault
 begins, one a minute while it lasts, one when it ends. What it does not: try.
 
-Invariant: whatever fails, however fast, and however often it seems to be mended, its tries
+Invariant: whatever fails, however fast, and however often it seems to be fixed, its tries
 back off, and after its first two lines there are at most two a minute.
 """
 
@@ -17,7 +17,7 @@ BACKOFF_SECONDS_MIN = 0.1
 # Low enough that work goes on within 5 s of the other side being back.
 BACKOFF_SECONDS_MAX = 2.0
 REMINDER_SECONDS = 60.0
-# What fails again sooner than this after it was back has not been mended.
+# What fails again sooner than this after it was back has not been fixed.
 CALM_SECONDS = 10.0
 
 

@@ -64,7 +64,7 @@ class Settings:
     def from_env(cls, env: Mapping[str, str]) -> "Settings":
         """Return the settings that `env` describes; an empty variable counts as absent.
 
-        Raises SettingsError, which names every missing or bad variable and its mend.
+        Raises SettingsError, which names every missing or bad variable and its fix.
         """
         problems: list[str] = []
         topics = Topics(

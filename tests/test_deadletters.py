@@ -546,7 +546,7 @@ def test_a_replay_under_load_loses_and_doubles_nothing(online: Pipeline) -> None
             database.query("ALTER TABLE events DROP CONSTRAINT cool")
             tool(online, "replay", "--reason", "not_storable")
             wait_for_load(publishers, 300)
-        # Those that arrived between the look at the table and the mend.
+        # Those that arrived between the look at the table and the fix.
         wait_until(
             lambda: (
                 sum(len(device.acks) for device in publishers)

@@ -1,6 +1,6 @@
 """SIGTERM, whatever state the ingester is in: out within 5 s, exit 0, and nothing is lost.
 
-What it does: brings about the state, stops the ingester in it, mends what was broken,
+What it does: brings about the state, stops the ingester in it, fixes what was broken,
 starts it again, and checks the promise at the sender. What it does not: SIGKILL, which is
 test_faults_kill.py. The servers are this file's own, so that no other test suffers.
 """

@@ -361,7 +361,7 @@ def test_tls_below_1_2_is_refused(stack: SecureStack, port: str, version: str, t
 
 
 @both_brokers
-def test_an_expired_certificate_is_refused_and_renewing_mends_it(stack: SecureStack) -> None:
+def test_an_expired_certificate_is_refused_and_renewing_fixes_it(stack: SecureStack) -> None:
     names = stack.folder / "names.ext"
     names.write_text("subjectAltName=DNS:localhost,DNS:mosquitto,DNS:postgres\n")
     for folder in ("broker", "database"):
@@ -1183,7 +1183,7 @@ def test_every_command_of_the_overlays_documents_works_as_typed_in_a_terminal(
 # --- refused starts ------------------------------------------------------------------
 
 
-def test_up_without_a_secret_names_the_file_and_setup_names_the_mend(
+def test_up_without_a_secret_names_the_file_and_setup_names_the_fix(
     stack: SecureStack, tmp_path: Path
 ) -> None:
     for name in ("ca.crt", "broker", "database", "postgres_password", "mqtt_ingester_password"):

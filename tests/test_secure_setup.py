@@ -166,7 +166,7 @@ def test_a_name_that_is_in_no_certificate_is_said(stack: SecureStack) -> None:
         *("database/server.key", "database/server.crt", "database/server.csr"),
     ],
 )
-def test_a_missing_file_is_named_with_its_mend(stack: SecureStack, name: str) -> None:
+def test_a_missing_file_is_named_with_its_fix(stack: SecureStack, name: str) -> None:
     (stack.secrets / name).unlink()
     said = stack.setup(expected=1)
     assert said.startswith(f"overlays/secure/secrets/{name}: missing; put it back from a backup")
@@ -175,7 +175,7 @@ def test_a_missing_file_is_named_with_its_mend(stack: SecureStack, name: str) ->
 
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o444, 0o620])
 @pytest.mark.parametrize("name", ["ca.key", "broker/server.key", "postgres_password"])
-def test_a_file_that_is_open_to_others_is_named_with_its_mend(
+def test_a_file_that_is_open_to_others_is_named_with_its_fix(
     stack: SecureStack, name: str, mode: int
 ) -> None:
     (stack.secrets / name).chmod(mode)
@@ -184,7 +184,7 @@ def test_a_file_that_is_open_to_others_is_named_with_its_mend(
     assert "\n" not in said
 
 
-def test_a_certificate_of_another_ca_is_named_with_its_mend(
+def test_a_certificate_of_another_ca_is_named_with_its_fix(
     stack: SecureStack, made: SecureStack
 ) -> None:
     certificate = stack.secrets / "database/server.crt"

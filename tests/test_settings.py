@@ -802,7 +802,7 @@ BAD_PAIRS: dict[str, tuple[Callable[[Authority, Certificate, Path], Certificate]
 
 
 @pytest.mark.parametrize("case", BAD_PAIRS)
-def test_a_client_certificate_that_cannot_be_used_is_named_with_its_mend(
+def test_a_client_certificate_that_cannot_be_used_is_named_with_its_fix(
     ca: Authority, own: Certificate, tmp_path: Path, case: str
 ) -> None:
     make, expected = BAD_PAIRS[case]

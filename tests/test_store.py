@@ -299,7 +299,7 @@ def test_every_row_of_the_table_is_tested() -> None:
 
 
 @pytest.mark.parametrize(
-    ("break_it", "mend_it", "message"),
+    ("break_it", "fix_it", "message"),
     [
         ("ALTER TABLE events RENAME TO e", "ALTER TABLE e RENAME TO events", "42P01"),
         (
@@ -310,14 +310,14 @@ def test_every_row_of_the_table_is_tested() -> None:
     ],
 )
 def test_while_the_table_is_not_as_it_should_be_no_event_is_at_fault(
-    store: Store, database: Database, break_it: str, mend_it: str, message: str
+    store: Store, database: Database, break_it: str, fix_it: str, message: str
 ) -> None:
     database.query(break_it)
     for _ in range(2):
         with pytest.raises(StoreUnavailable, match=message):
             connect_and_insert(store, [make("a"), make("b")])
         assert not store.connected  # a right may be given to new sessions only
-    database.query(mend_it)
+    database.query(fix_it)
     store.connect()
     assert insert(store, [make("a"), make("b")]) == [STORED, STORED]
 

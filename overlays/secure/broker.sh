@@ -23,7 +23,7 @@ check() {
     named="overlays/secure/secrets/broker/$1"
     case $(ls -l "/run/broker/$1" 2>/dev/null) in
     ?r??------*) return ;;
-    '') echo "cannot start: $named: missing; overlays/secure/setup says how to mend it" >&2 ;;
+    '') echo "cannot start: $named: missing; overlays/secure/setup says how to fix it" >&2 ;;
     *) echo "cannot start: $named: others may read it; sudo chmod 400 it" >&2 ;;
     esac
     exit 1

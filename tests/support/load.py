@@ -1,7 +1,7 @@
 """Devices under load: they publish while something goes wrong, and see it through.
 
 What it does: lets devices publish at a steady rate while a `with` block makes a fault and
-mends it, and looks from outside at what the ingester says and takes meanwhile. What it does
+fixes it, and looks from outside at what the ingester says and takes meanwhile. What it does
 not: check the promise; that is find() in tests/support/findings.py.
 
 Invariant: nothing is published any more when a block is left, whatever happened in it.

@@ -52,8 +52,8 @@ class Trial:
         """Wait until so many more events have been stored and their ACKs heard."""
         wait_for_acks(self.publishers, number)
 
-    def mended(self, seconds_max: float = RECOVERY_SECONDS_MAX) -> None:
-        """Note that the fault is mended just now: the next ACK must come soon."""
+    def fixed(self, seconds_max: float = RECOVERY_SECONDS_MAX) -> None:
+        """Note that the fault is fixed just now: the next ACK must come soon."""
         began_at, before = time.monotonic(), self._acks()
         wait_until(lambda: self._acks() > before, "the first ACK after the fault", 30)
         self.recovery_seconds = time.monotonic() - began_at
