@@ -74,19 +74,15 @@ _LIBPQ_PREFIX = re.compile("(connection to server .* failed: )?(FATAL: +)?")
 _LOST_STATEMENT = ("26000", "42P05")
 
 
-class Connection:
-    """The one connection. Methods raise StoreUnavailable; connect() must come first."""
+class Link:
+    """An asynchronous connection of psycopg2: one statement at a time, each with a deadline.
 
-    def __init__(
-        self, parameters: Mapping[str, Any], session: Session | None, prepared: Mapping[str, str]
-    ) -> None:
-        """`parameters` is what libpq is told; its own variables say the rest.
+    While it waits, the other session is served.
+    """
 
-        `session` is served while we wait. `prepared` are statements to prepare, by name.
-        """
+    def __init__(self, parameters: Mapping[str, Any], session: Session | None) -> None:
         self._parameters = parameters
         self._session = session
-        self._prepared = prepared
         self._connection: Any = None
         self._cursor: Any = None
         # Whether the log has that we are connected; not each time while a person is waited for.
@@ -96,21 +92,14 @@ class Connection:
         self._deadline = self._sent_at = self._served_at = 0.0
         # Set by give_up_at(): no wait lasts beyond it.
         self._give_up_at = float("inf")
-        # Whether a pooler may give each transaction another server session: then nothing is
-        # prepared, and the pins are set for each transaction anew.
+        # Whether a pooler may give each transaction another server session.
         self._is_pooled = False
-        self._local_pins = ""
         self.round_trip_seconds = 0.0  # of the latest statement that was answered
 
     @property
     def connected(self) -> bool:
         """Whether there is a connection; only the next statement shows whether it lives."""
         return self._connection is not None
-
-    @property
-    def has_prepared(self) -> bool:
-        """Whether the prepared statements can be executed."""
-        return self.connected and not self._local_pins
 
     @property
     def in_transaction(self) -> bool:
@@ -120,27 +109,6 @@ class Connection:
             in (extensions.TRANSACTION_STATUS_INTRANS, extensions.TRANSACTION_STATUS_INERROR)
         )
 
-    def connect(self) -> None:
-        """Connect if there is no connection: to the first address that takes writes."""
-        if self.connected:
-            return
-        problems: list[str] = []
-        servers = list(addresses(self._parameters, problems))
-        seconds_max = CONNECT_SECONDS_MAX if len(servers) == 1 else CONNECT_SECONDS_EACH
-        for address in servers:
-            try:
-                self._open(address, seconds_max)
-                self._set_up()
-            except (StoreUnavailable, psycopg2.Error) as error:
-                self.close()
-                problems.append(_summary(error, address))
-            else:
-                if not self._is_logged:
-                    log.info("Connected to Postgres")
-                    self._is_logged = True
-                return
-        raise StoreUnavailable("; ".join(problems))
-
     def close(self) -> None:
         """Close the connection if there is one; what was not committed is undone."""
         if self._connection is not None:
@@ -148,41 +116,9 @@ class Connection:
             self._connection = self._cursor = None
             self._state = extensions.POLL_OK
 
-    def roll_back(self) -> None:
-        """End the transaction that is open, if one is, as if it had not begun."""
-        if self.in_transaction:
-            self.close()
-
-    def ping(self) -> None:
-        """Ask for an answer, whatever it is."""
-        self.run("SELECT")
-
     def give_up_at(self, moment: float) -> None:
         """Let no wait last beyond this moment of the monotonic clock, even one under way."""
         self._give_up_at = moment
-
-    def run(self, sql: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
-        """Run one statement, by itself or in the open transaction; return its rows."""
-        self.send(sql, values)
-        return self.rows()
-
-    def begin(self) -> None:
-        """Begin a transaction, in which each statement checks its own constraints."""
-        self._execute(
-            "BEGIN ISOLATION LEVEL READ COMMITTED;"
-            f" {self._local_pins}SET CONSTRAINTS ALL IMMEDIATE",
-            (),
-        )
-        self.rows()
-
-    def commit(self) -> None:
-        """Commit the transaction."""
-        self._execute("COMMIT", ())
-        self.rows()
-
-    def send(self, sql: str, values: Sequence[Any] = ()) -> None:
-        """Send one statement; rows() waits for the answer."""
-        self._execute(sql if self.in_transaction else self._local_pins + sql, values)
 
     def is_answered(self, seconds_max: float) -> bool:
         """Wait so long, or until something can be read; tell whether rows() need not wait."""
@@ -195,6 +131,26 @@ class Connection:
         self.round_trip_seconds = time.monotonic() - self._sent_at
         rows: list[tuple[Any, ...]] = self._cursor.fetchall() if self._cursor.description else []
         return rows
+
+    def _open(self, address: Mapping[str, Any], seconds_max: float) -> None:
+        self._serve()  # what is to be written there does not wait for this
+        self._sent_at = time.monotonic()
+        self._deadline = self._sent_at + seconds_max
+        # Asynchronous, as psycopg2 calls it: it returns at once, and _step() does the rest.
+        self._connection = psycopg2.connect(
+            **{**self._parameters, **address},
+            async_=True,
+            client_encoding="UTF8",
+            fallback_application_name="homelab-ingester",
+            target_session_attrs="read-write",
+            # Each alone misses one direction of a cut line.
+            keepalives_idle=10,
+            keepalives_interval=5,
+            keepalives_count=3,
+            tcp_user_timeout=15_000,
+        )
+        self._poll()
+        self._wait()
 
     def _execute(self, sql: str, values: Sequence[Any]) -> None:
         if not self.connected:
@@ -277,27 +233,79 @@ class Connection:
             return StatementTimeout(text)
         return StoreUnavailable(text)
 
-    # --- connecting --------------------------------------------------------------------
 
-    def _open(self, address: Mapping[str, Any], seconds_max: float) -> None:
-        self._serve()  # what is to be written there does not wait for this
-        self._sent_at = time.monotonic()
-        self._deadline = self._sent_at + seconds_max
-        # Asynchronous, as psycopg2 calls it: it returns at once, and _step() does the rest.
-        self._connection = psycopg2.connect(
-            **{**self._parameters, **address},
-            async_=True,
-            client_encoding="UTF8",
-            fallback_application_name="homelab-ingester",
-            target_session_attrs="read-write",
-            # Each alone misses one direction of a cut line.
-            keepalives_idle=10,
-            keepalives_interval=5,
-            keepalives_count=3,
-            tcp_user_timeout=15_000,
+class Connection(Link):
+    """The one connection. Methods raise StoreUnavailable; connect() must come first."""
+
+    def __init__(
+        self, parameters: Mapping[str, Any], session: Session | None, prepared: Mapping[str, str]
+    ) -> None:
+        """`parameters` is what libpq is told; its own variables say the rest.
+
+        `session` is served while we wait. `prepared` are statements to prepare, by name.
+        """
+        super().__init__(parameters, session)
+        self._prepared = prepared
+        # Behind a pooler nothing is prepared, and the pins are set for each transaction anew.
+        self._local_pins = ""
+
+    @property
+    def has_prepared(self) -> bool:
+        """Whether the prepared statements can be executed."""
+        return self.connected and not self._local_pins
+
+    def connect(self) -> None:
+        """Connect if there is no connection: to the first address that takes writes."""
+        if self.connected:
+            return
+        problems: list[str] = []
+        servers = list(addresses(self._parameters, problems))
+        seconds_max = CONNECT_SECONDS_MAX if len(servers) == 1 else CONNECT_SECONDS_EACH
+        for address in servers:
+            try:
+                self._open(address, seconds_max)
+                self._set_up()
+            except (StoreUnavailable, psycopg2.Error) as error:
+                self.close()
+                problems.append(_summary(error, address))
+            else:
+                if not self._is_logged:
+                    log.info("Connected to Postgres")
+                    self._is_logged = True
+                return
+        raise StoreUnavailable("; ".join(problems))
+
+    def run(self, sql: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+        """Run one statement, by itself or in the open transaction; return its rows."""
+        self.send(sql, values)
+        return self.rows()
+
+    def send(self, sql: str, values: Sequence[Any] = ()) -> None:
+        """Send one statement; rows() waits for the answer."""
+        self._execute(sql if self.in_transaction else self._local_pins + sql, values)
+
+    def begin(self) -> None:
+        """Begin a transaction, in which each statement checks its own constraints."""
+        self._execute(
+            "BEGIN ISOLATION LEVEL READ COMMITTED;"
+            f" {self._local_pins}SET CONSTRAINTS ALL IMMEDIATE",
+            (),
         )
-        self._poll()
-        self._wait()
+        self.rows()
+
+    def commit(self) -> None:
+        """Commit the transaction."""
+        self._execute("COMMIT", ())
+        self.rows()
+
+    def roll_back(self) -> None:
+        """End the transaction that is open, if one is, as if it had not begun."""
+        if self.in_transaction:
+            self.close()
+
+    def ping(self) -> None:
+        """Ask for an answer, whatever it is."""
+        self.run("SELECT")
 
     def _set_up(self) -> None:
         """Check the database, pin the settings, and prepare the statements."""
