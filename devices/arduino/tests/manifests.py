@@ -1,7 +1,7 @@
 """Whether what describes the library to its tools is true, and agrees.
 
-What it does: compares library.properties, library.json, idf_component.yml and keywords.txt with each
-other and with the headers. What it does not: replace those tools.
+What it does: compares library.properties, library.json, idf_component.yml and keywords.txt with
+each other and with the headers. What it does not: replace those tools.
 """
 
 import json
