@@ -19,7 +19,7 @@ using namespace homelab;
 namespace {
 
 FS files;
-constexpr int kEvents = 1000;
+constexpr int kEvents = 500;
 
 class Wire final : public Transport {
  public:
@@ -30,8 +30,8 @@ class Wire final : public Transport {
     return true;
   }
   void disconnect() override {}
-  size_t sendBytes(const char*) override { return 4096; }
-  size_t receiveBytes(const char*) override { return 8192; }
+  size_t sendBytes(const char*) override { return 1024; }
+  size_t receiveBytes(const char*) override { return 1024; }
   uint32_t connection_ = 0;
   std::string packet;
 };
@@ -58,10 +58,10 @@ void measure(const Flash::Chip& chip, bool posix, const char* name, bool online,
   flash->mount();
   FolderStore folder("t");
   LittleFSStore little(files, "t");
-  uint8_t memory[4096], packet[4096];
+  uint8_t memory[4096], packet[1024];  // the defaults
   Wire wire;
   Outbox outbox(memory, sizeof memory, packet, sizeof packet);
-  outbox.hold(hold_ms).filesMax(128);
+  outbox.hold(hold_ms);
   Store* const store = posix ? static_cast<Store*>(&folder) : static_cast<Store*>(&little);
   outbox.begin("esp32-01", wire, store, 1);
   const uint64_t erases = flash->erases, programmed = flash->programmed;
