@@ -53,7 +53,8 @@ class EspMqttTransport final : public Transport {
     const char* const data = reinterpret_cast<const char*>(payload);
     return esp_mqtt_client_enqueue(client_, topic, data, static_cast<int>(size), 0, 0, true) >= 0;
   }
-  void disconnect() override { esp_mqtt_client_reconnect(client_); }
+  // Its reconnect() would do nothing while it believes to be connected; after this it connects anew.
+  void disconnect() override { esp_mqtt_client_disconnect(client_); }
   size_t sendBytes(const char*) override { return SIZE_MAX; }
   size_t receiveBytes(const char*) override { return ACK_BYTES; }
 

@@ -35,7 +35,7 @@ esp_mqtt_client_handle_t esp_mqtt_client_init(const esp_mqtt_client_config_t* co
 int esp_mqtt_client_register_event(esp_mqtt_client_handle_t client, esp_mqtt_event_id_t event,
                                    esp_event_handler_t handler, void* argument);
 int esp_mqtt_client_start(esp_mqtt_client_handle_t client);
-int esp_mqtt_client_reconnect(esp_mqtt_client_handle_t client);
+int esp_mqtt_client_disconnect(esp_mqtt_client_handle_t client);
 int esp_mqtt_client_subscribe(esp_mqtt_client_handle_t client, const char* topic, int qos);
 int esp_mqtt_client_enqueue(esp_mqtt_client_handle_t client, const char* topic, const char* data,
                             int size, int qos, int retain, bool store);
