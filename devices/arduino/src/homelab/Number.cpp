@@ -180,8 +180,7 @@ size_t write(uint64_t fraction, int exponent, bool gap, bool negative, char* int
 
 size_t writeNumber(double number, char (&into)[kNumberBytes]) {
   uint64_t bits = 0;
-  static_assert(sizeof number == 8 || sizeof number == 4, "a double has 64 or 32 bits");
-  if (sizeof number == 4) return writeNumber(static_cast<float>(number), into);  // AVR
+  static_assert(sizeof number == sizeof bits, "a double has 64 bits");
   memcpy(&bits, &number, sizeof number);
   const uint64_t stored = bits & ((UINT64_C(1) << 52) - 1);
   const int exponent = static_cast<int>(bits >> 52 & 0x7FF);

@@ -69,6 +69,7 @@ bool Outbox::begin(const char* device_id, Transport& transport, Store* store, ui
   wait_ms_ = resend_first_ms_;
   beginStore();
   beginBoot();
+  rememberResume();
   return true;
 }
 
