@@ -595,7 +595,7 @@ def test_down_keeps_rows_and_queued_events_and_the_next_up_changes_no_schema(
 def test_a_database_that_was_half_made_is_whole_after_the_next_up(put_back: Compose) -> None:
     stack = put_back
     whole = stack.schema()
-    stack.psql("DROP INDEX idx_events_type_ts; DROP TABLE dead_letters")
+    stack.psql("DROP INDEX idx_events_type_ts; DROP TABLE dead_letters CASCADE")
     stack.up()
     assert stack.schema() == whole
     with Device(1883, "healed") as device:

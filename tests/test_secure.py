@@ -846,7 +846,7 @@ def test_what_a_role_sets_for_itself_or_holds_is_undone_by_the_schema_step(
 
 
 def test_a_backup_is_made_as_the_readme_says(stack: SecureStack) -> None:
-    text = (stack.folder / "README.md").read_text()
+    text = (stack.folder / "docs/operating.md").read_text()
     commands = re.findall(r"^docker compose .*/tmp/backup\.dump.*$", text, re.MULTILINE)[:3]
     assert len(commands) == 3
     for command in commands:
@@ -1130,7 +1130,7 @@ TYPED_ALONE = ("docker run -d ", "mosquitto_rr ", "PGHOST=database.example ")
 # What stands for something that the reader has, and for what it is here.
 HERE = {
     "docker compose ...": "docker compose",
-    "remove ID": "remove typed",
+    "remove ID": "remove going",
     "add ID": "add typed",
     " NAME": " typed.lan",
     "-h telemetry.lan": "-h localhost",
@@ -1147,6 +1147,7 @@ def test_every_command_of_the_overlays_documents_works_as_typed_in_a_terminal(
     (stack.folder / ".venv").symlink_to(sys.prefix)
     stack.setup("--renew", "telemetry.lan", "192.168.1.10")  # other tests set it up with none
     stack.psql("DELETE FROM events WHERE device_id = 'esp32-01'")
+    stack.add_device("going")
     down = False
     for shown in documents.to_type(documents.SECURE):
         if shown.startswith(TYPED_ALONE):
@@ -1345,7 +1346,9 @@ def test_strangers_who_use_up_the_connections_do_not_keep_the_ingester_out(
         stack.compose("restart", "ingester")
         stack.wait_health("ingester", "healthy")
         with stack.client("alpha", port=9001, transport="websockets") as alpha:
-            assert alpha.ask(event("strangers", "alpha"))["status"] == "stored"
+            # The broker looks at a thousand connections in between, on a machine with two cores.
+            answer = alpha.ask(event("strangers", "alpha"), seconds=60)
+            assert answer["status"] == "stored"
     wait_until(lambda: device_gets_in(stack), "the connections to be free again", 30)
     assert "denied: max_connections exceeded" in stack.log("mosquitto")
 
