@@ -1,0 +1,117 @@
+"""An event as it goes over the wire: from the caller's values to bytes.
+
+What it does: refuses what the ingester would reject, and writes the rest as JSON. What it
+does not: keep or send it, or ask for the time.
+
+Invariant: it writes an event once; whoever sends it again sends the same bytes.
+"""
+
+from json import dumps
+
+TYPE_CHARS_MAX = 100
+UNIT_CHARS_MAX = 50
+NESTING_MAX = 32
+# A clock that shows another year was never set.
+YEAR_MIN = 2024
+YEAR_MAX = 2035
+
+
+def is_device_id(device_id: str) -> bool:
+    """Tell whether it has 1 to 64 characters of A-Z a-z 0-9 _ . : -"""
+    if not 1 <= len(device_id) <= 64:
+        return False
+    for char in device_id:
+        if not ("a" <= char <= "z" or "A" <= char <= "Z" or "0" <= char <= "9" or char in "_.:-"):
+            return False
+    return True
+
+
+def timestamp_text(moment: tuple[int, ...]) -> str | None:
+    """Return a moment of gmtime() in ISO 8601, or None if the clock was not set."""
+    if not YEAR_MIN <= moment[0] <= YEAR_MAX:
+        return None
+    return "%04d-%02d-%02dT%02d:%02d:%02dZ" % moment[:6]
+
+
+def event_bytes(
+    event_id: str,
+    device_id: str,
+    event_type: str,
+    value: object,
+    unit: str | None,
+    timestamp: str | None,
+    meta: object,
+) -> bytes | None:
+    """Return the event in JSON, or None if the ingester would reject it."""
+    if not (
+        _is_text(event_type, 1, TYPE_CHARS_MAX)
+        and (unit is None or _is_text(unit, 0, UNIT_CHARS_MAX))
+        and (timestamp is None or _is_text(timestamp, 20, 40))
+        and not isinstance(value, (bool, dict, list, tuple))
+        and _is_storable(value, 0)
+        and (meta is None or (isinstance(meta, dict) and _is_storable(meta, 0)))
+    ):
+        return None
+    # By hand: MicroPython does not keep the order of a dict's keys.
+    text = '{"schema":1,"event_id":"%s","device_id":"%s","event_type":%s' % (
+        event_id,
+        device_id,
+        dumps(event_type),
+    )
+    if value is not None:
+        text += ',"value":' + dumps(value)
+    if unit is not None:
+        text += ',"unit":' + dumps(unit)
+    if timestamp is not None:
+        text += ',"ts_device":"' + timestamp + '"'
+    if meta:
+        text += ',"meta":' + dumps(meta, separators=(",", ":"))
+    return (text + "}").encode()
+
+
+def event_id_of(event: bytes) -> str | None:
+    """Return the id of what event_bytes() made, None if it is anything else."""
+    if not event.startswith(b'{"schema":1,"event_id":"'):
+        return None
+    end = event.find(b'"', 24)
+    return event[24:end].decode() if end > 24 else None
+
+
+def _is_text(text: object, chars_min: int, chars_max: int) -> bool:
+    return (
+        isinstance(text, str)
+        and chars_min <= len(text) <= chars_max
+        and _is_clean(text.encode(), True)
+    )
+
+
+def _is_clean(text: bytes, is_one_line: bool) -> bool:
+    """Tell whether UTF-8 is free of U+0000 and halves of surrogate pairs; or of all controls."""
+    before = 0
+    for byte in text:  # of bytes: a loop over characters makes an object of each
+        if byte == 0 or (before == 0xED and byte >= 0xA0):
+            return False
+        if is_one_line and (byte < 0x20 or byte == 0x7F or (before == 0xC2 and byte < 0xA0)):
+            return False
+        before = byte
+    return True
+
+
+def _is_storable(value: object, depth: int) -> bool:
+    """Tell whether PostgreSQL takes it: no nan, no U+0000, not too deep."""
+    if value is None or isinstance(value, (bool, int)):
+        return True
+    if isinstance(value, float):
+        return value - value == 0  # neither nan nor an infinity
+    if isinstance(value, str):
+        return _is_clean(value.encode(), False)
+    if depth == NESTING_MAX:
+        return False
+    if isinstance(value, dict):
+        return all(
+            isinstance(name, str) and _is_storable(name, 0) and _is_storable(item, depth + 1)
+            for name, item in value.items()
+        )
+    if isinstance(value, (list, tuple)):
+        return all(_is_storable(item, depth + 1) for item in value)
+    return False

@@ -1,0 +1,374 @@
+"""The device's half of the promise: an event is kept and sent until the ingester answers it.
+
+What it does: gives each event its id, holds it in memory and, if no answer comes soon, in the
+store; sends the oldest first, in batches, again and again; forgets an event when its ACK
+comes, and never otherwise, unless there is no room: then it counts, and tells the server.
+What it does not: connect, or wait. An adapter calls connected(), loop() and on_ack().
+
+Invariant: an event is in one of two places, `_sent` (what is on its way) or `_queue`
+(behind it), or only on the flash, between them. What is on the flash was added before
+anything in `_queue`.
+"""
+
+import os
+from binascii import crc32
+from json import loads
+from time import gmtime, ticks_add, ticks_diff, ticks_ms, ticks_us
+
+from telemetry.ack import answers
+from telemetry.event import event_bytes, event_id_of, is_device_id, timestamp_text
+from telemetry.store import FlashStore
+
+# Bytes of an answer beyond the two ids in it: the longest that the ingester gives.
+ANSWER_BYTES = 200
+RESEND_MS = 5_000
+RESEND_MS_MAX = 300_000
+SILENT_MAX = 3  # sent so often without an answer, a connection is not trusted any more
+SAVE_AGAIN_MS = 10_000  # after the flash refused
+RUNS_MAX = 8  # of lost events, that are remembered until they are told
+NOTE_BYTES = 400  # an event that tells of one such run has less
+
+
+class Waiting:
+    """An event that is not answered; `segment` is where it is kept, 0 if it is not."""
+
+    def __init__(self, event_id: str, data: bytes, segment: int, added_ms: int) -> None:
+        self.event_id = event_id
+        self.data = data
+        self.segment = segment
+        self.added_ms = added_ms
+
+
+def _random(bits: int) -> int:
+    """Return some random bits; where the hardware has no entropy yet, at least the board's."""
+    seed = os.urandom(8) + str(ticks_us()).encode()
+    try:
+        from machine import unique_id
+
+        seed += unique_id()
+    except ImportError:
+        pass
+    return crc32(seed) & ((1 << bits) - 1)
+
+
+class Telemetry:
+    """One device's outbox.
+
+    `store`: a FlashStore, or None for memory alone. `hold_ms`: how long an event may wait for
+    its answer before it is written to the store; 0: it is written before it is sent.
+    `memory_bytes_max`: of events in memory. `drop_oldest`: what gives way where there is no
+    room, the oldest event or the new one. `receive_bytes_max`: the largest packet that the
+    MQTT client can take; the answers to a batch have to fit. `send_bytes_max`: likewise.
+    `clock` gives the UTC time as gmtime() does, `ticks` milliseconds as ticks_ms() does.
+    """
+
+    def __init__(
+        self,
+        device_id: str,
+        store: FlashStore | None = None,
+        hold_ms: int = 2_000,
+        memory_bytes_max: int = 8_192,
+        drop_oldest: bool = True,
+        receive_bytes_max: int = 2_048,
+        send_bytes_max: int = 2_048,
+        clock=gmtime,  # type: ignore[no-untyped-def]
+        ticks=ticks_ms,  # type: ignore[no-untyped-def]
+    ) -> None:
+        if not is_device_id(device_id):
+            raise ValueError("device_id: expected 1 to 64 characters of A-Z a-z 0-9 _ . : -")
+        self.device_id = device_id
+        self.events_topic = "qs/v1/%s/events" % device_id
+        self.acks_topic = "qs/v1/%s/acks" % device_id
+        self._store = store
+        self._hold_ms = hold_ms
+        self._memory_bytes_max = max(memory_bytes_max, 2 * send_bytes_max)
+        self._drop_oldest = drop_oldest
+        self._send_bytes_max = send_bytes_max
+        self._batch_max = max(1, receive_bytes_max // (2 * len(device_id) + 40 + ANSWER_BYTES))
+        self._batch = self._batch_max
+        self._sent: list[Waiting] = []
+        self._queue: list[Waiting] = []
+        self._bytes = 0  # of what is in both
+        self._in_flight = 0  # how many of `_sent` the last message held
+        self._lost: list[list[object]] = []  # runs of [salt, boot, from, to], not told yet
+        self._told: list[list[object]] = []  # told by events that are not kept yet
+        self._salt = ""
+        self._boot = 1
+        self._sequence = 0
+        self._dropped = 0
+        self._connected = False
+        self._answered = False  # since connected(): the way to the database is open
+        self._silent = 0  # how often it was sent without an answer
+        self._next_send = 0  # when what is in flight is sent again
+        self._next_save: int | None = None
+        self._ticks = ticks
+        self._clock = clock
+        self.on_stored = self._ignore
+        self.on_rejected = self._ignore
+        self.on_kept = self._ignore
+        self.on_dropped = self._ignore
+
+    def _ignore(self, event_id: str, reason: str = "") -> None:
+        pass
+
+    def begin(self) -> None:
+        """Read the store, and make the ids of this boot ones that were never there before."""
+        self._salt = "%08x" % _random(32)
+        if self._store is not None:
+            self._store.begin(self._salt)
+            self._salt, self._boot = self._store.salt, self._store.boot
+            self._lost = self._store.lost
+
+    # --- what the program calls ----------------------------------------------------------
+
+    def add(
+        self,
+        event_type: str,
+        value: object = None,
+        unit: str | None = None,
+        timestamp: str | None = None,
+        meta: object = None,
+    ) -> str | None:
+        """Put an event into the outbox; return its id, or None if it can never be stored.
+
+        Without a timestamp it gets the time of the clock, if that was set. It does not send.
+        Only where memory is full it writes to the flash.
+        """
+        event_id = "%s-%s-%d-%d" % (self.device_id, self._salt, self._boot, self._sequence + 1)
+        timestamp = timestamp or timestamp_text(self._clock())
+        data = event_bytes(event_id, self.device_id, event_type, value, unit, timestamp, meta)
+        if data is None or len(data) > self._send_bytes_max:
+            return None
+        self._sequence += 1
+        if not self._make_room(data):
+            self._drop(event_id, data)
+            return event_id
+        self._queue.append(Waiting(event_id, data, 0, self._ticks()))
+        self._bytes += len(data)
+        return event_id
+
+    def loop(self, publish) -> None:  # type: ignore[no-untyped-def]
+        """Do what is due: write to the flash, send. Call it often; it does not wait.
+
+        `publish(topic, payload)` hands a message to the MQTT client, and returns whether it
+        took it.
+        """
+        now = self._ticks()
+        if self._is_save_due(now):
+            self.save()
+        if not self._connected:
+            return
+        if self._answered and self._lost:
+            self._tell_lost()
+        if not self._in_flight or ticks_diff(now, self._next_send) >= 0:
+            self._send(publish, now)
+
+    def save(self) -> bool:
+        """Write to the flash what is in memory alone; tell whether everything is safe now."""
+        store = self._store
+        self._next_save = None
+        if store is None:
+            self._told = []
+            return not self.waiting()
+        while True:
+            unkept = [item for item in self._sent if not item.segment]
+            are_read = len(unkept)
+            unkept += self._queue
+            if not unkept:
+                self._erase_told(store)
+                return True
+            if store.is_full(unkept[0].data):
+                if not self._drop_oldest:
+                    break
+                self._drop_segment(store)
+                continue
+            count, segment = store.append([item.data for item in unkept], are_read)
+            if not count:
+                break
+            for item in unkept[:count]:
+                item.segment = segment
+            for item in self._queue[: max(0, count - are_read)]:
+                self._bytes -= len(item.data)
+            del self._queue[: max(0, count - are_read)]
+            for item in unkept[:count]:
+                self.on_kept(item.event_id)
+        self._next_save = ticks_add(self._ticks(), SAVE_AGAIN_MS)
+        return False
+
+    def waiting(self) -> int:
+        """Return how many events are not answered."""
+        return len(self._queue) + sum(not item.segment for item in self._sent) + self.kept()
+
+    def kept(self) -> int:
+        """Return how many of them would survive a power cut."""
+        return self._store.waiting() if self._store is not None else 0
+
+    def dropped(self) -> int:
+        """Return how many events were dropped since begin()."""
+        return self._dropped
+
+    def sleep_allowed(self) -> bool:
+        """Tell whether nothing is lost if the memory is: all is answered or on the flash."""
+        return self.waiting() == self.kept()
+
+    # --- what the adapter calls ----------------------------------------------------------
+
+    def connected(self) -> None:
+        """Note a new connection, on which acks_topic is subscribed."""
+        self._connected = True
+        self._answered = False
+        self._in_flight = 0
+
+    def disconnected(self) -> None:
+        """Note that the connection is gone."""
+        self._connected = False
+
+    def reconnect_wanted(self) -> bool:
+        """Tell whether the connection seems dead, as nothing is answered. Asks once."""
+        if self._connected and self._silent and self._silent % SILENT_MAX == 0:
+            self._silent += 1
+            return True
+        return False
+
+    def on_ack(self, payload: bytes) -> None:
+        """Take what came on acks_topic."""
+        for event_id, reason in answers(payload):
+            for item in self._sent:
+                if item.event_id == event_id:
+                    self._forget(item)
+                    if reason is None:
+                        self.on_stored(event_id)
+                    else:
+                        self.on_rejected(event_id, reason)
+                    break
+
+    # --- inside -------------------------------------------------------------------------
+
+    def _take(self, item: Waiting) -> None:
+        if item in self._sent[: self._in_flight]:
+            self._in_flight -= 1
+        self._sent.remove(item)
+        self._bytes -= len(item.data)
+
+    def _forget(self, item: Waiting) -> None:
+        self._take(item)
+        self._answered = True
+        self._silent = 0
+        self._batch = self._batch_max
+        if item.segment and self._store is not None:
+            self._store.answered(item.segment)
+
+    def _is_save_due(self, now: int) -> bool:
+        if self._store is None:
+            return False
+        if self._next_save is not None:  # the flash refused before
+            return ticks_diff(now, self._next_save) >= 0
+        for item in self._sent:
+            if not item.segment:
+                return ticks_diff(now, item.added_ms) >= self._hold_ms
+        return bool(self._queue) and ticks_diff(now, self._queue[0].added_ms) >= self._hold_ms
+
+    def _fill(self) -> None:
+        """Put into `_sent` what is next, from the flash first."""
+        size = sum(len(item.data) + 1 for item in self._sent)
+        store = self._store
+        while len(self._sent) < self._batch_max:
+            if store is not None and not store.all_read():
+                room = self._send_bytes_max - size
+                found = store.read(self._batch_max - len(self._sent), room)
+                for segment, data in found:
+                    size += len(data) + 1
+                    self._bytes += len(data)
+                    self._sent.append(Waiting(event_id_of(data) or "", data, segment, 0))
+                if not found or size >= self._send_bytes_max:
+                    return
+                continue
+            if not self._queue or size + len(self._queue[0].data) > self._send_bytes_max:
+                return
+            size += len(self._queue[0].data) + 1
+            self._sent.append(self._queue.pop(0))
+
+    def _send(self, publish, now: int) -> None:  # type: ignore[no-untyped-def]
+        self._fill()
+        if not self._sent:
+            return
+        batch: list[bytes] = []
+        size = 1
+        for item in self._sent[: self._batch]:
+            size += len(item.data) + 1
+            if batch and size > self._send_bytes_max:
+                break
+            batch.append(item.data)
+        payload = batch[0] if len(batch) == 1 else b"[" + b",".join(batch) + b"]"
+        if not publish(self.events_topic, payload):
+            return
+        self._in_flight = len(batch)
+        delay = min(RESEND_MS << min(self._silent, 6), RESEND_MS_MAX)
+        self._next_send = ticks_add(now, delay // 2 + _random(16) * delay // 65_536)
+        if self._silent:
+            # Perhaps the answer is too large for the way back: fewer are answered shorter.
+            self._batch = max(1, self._batch // 2)
+        self._silent += 1
+
+    # --- where there is no room -----------------------------------------------------------
+
+    def _make_room(self, data: bytes) -> bool:
+        if self._bytes + len(data) <= self._memory_bytes_max:
+            return True
+        if self._next_save is None and self._store is not None:
+            self.save()
+        while self._bytes + len(data) > self._memory_bytes_max:
+            if not self._drop_oldest or not self._queue:
+                return False
+            oldest = self._queue.pop(0)  # what is on its way may be stored already
+            self._bytes -= len(oldest.data)
+            self._drop(oldest.event_id, oldest.data)
+        return True
+
+    def _drop_segment(self, store: FlashStore) -> None:
+        """Give up the oldest events on the flash."""
+        number, records = store.oldest()
+        for item in self._sent[:]:
+            if item.segment == number:
+                self._take(item)
+        for data in records:
+            event_id = event_id_of(data)
+            if event_id is not None:
+                self._drop(event_id, data)
+        store.drop(number, self._told + self._lost)
+
+    def _drop(self, event_id: str, data: bytes) -> None:
+        self._dropped += 1
+        _, salt, boot, sequence = event_id.rsplit("-", 3)
+        self._add_run(salt, int(boot), int(sequence), int(sequence))
+        if b'"event_type":"outbox_dropped"' in data:  # what it tells is to be told again
+            told = loads(data)["meta"]
+            self._add_run(told["salt"], told["boot"], told["from"], told["to"])
+        self.on_dropped(event_id)
+
+    def _add_run(self, salt: object, boot: object, first: object, last: object) -> None:
+        for run in self._lost:
+            if run[:2] == [salt, boot] and run[3] == int(first) - 1:  # type: ignore[call-overload]
+                run[3] = last
+                return
+        if len(self._lost) == RUNS_MAX:
+            del self._lost[0]
+        self._lost.append([salt, boot, first, last])
+
+    def _tell_lost(self) -> None:
+        """Make events of what was dropped, and keep them before the note of it is erased."""
+        if self._bytes + len(self._lost) * NOTE_BYTES > self._memory_bytes_max:
+            return
+        told, self._lost = self._lost, []
+        self._told += told
+        for salt, boot, first, last in told:
+            count = int(last) - int(first) + 1  # type: ignore[call-overload]
+            meta = {"salt": salt, "boot": boot, "from": first, "to": last}
+            self.add("outbox_dropped", count, None, None, meta)
+        self.save()
+
+    def _erase_told(self, store: FlashStore) -> None:
+        if self._told:
+            self._told = []
+            store.lost = self._lost
+            store.save_state()
