@@ -3,7 +3,8 @@
 What it does: a block device for VfsLfs2 that counts erases and bytes, and at its operation k
 loses the power (with the write half done) or refuses. What it does not: wear out.
 
-Invariant: what unmount() returns is what the chip held when the power went.
+Invariant: what unmount() returns is what the chip held when the power went. Up to then the
+chip lives on as a ghost, since MicroPython closes open files while PowerCut is passed up.
 """
 
 import vfs
@@ -23,32 +24,21 @@ class Flash:
         self.blocks = blocks
         self.data = data or bytearray(b"\xff" * (blocks * BLOCK))
         self.cut_at = cut_at
-        self.torn = torn
+        self.torn = torn  # quarters of the write that are done when the power goes
         self.refuses = refuses
         self.operations = 0
         self.erases = 0
         self.programmed = 0
-        self.dead = False
+        self._left = None  # what the power cut left
 
     def readblocks(self, block, buffer, offset=0):
-        if self.dead:
-            raise PowerCut
         begin = block * BLOCK + offset
         buffer[:] = memoryview(self.data)[begin : begin + len(buffer)]
         return 0
 
     def writeblocks(self, block, buffer, offset=0):
-        if not self._works():
-            return -EIO
-        begin = block * BLOCK + offset
-        if self.dead:
-            # A part of the page was written, or each of its bits only half of the way.
-            written = len(buffer) * self.torn // 4
-            self.data[begin : begin + written] = buffer[:written]
-            raise PowerCut
         self.programmed += len(buffer)
-        self.data[begin : begin + len(buffer)] = buffer
-        return 0
+        return self._change(block * BLOCK + offset, buffer)
 
     def ioctl(self, operation, argument):
         if operation == 4:
@@ -56,24 +46,21 @@ class Flash:
         if operation == 5:
             return BLOCK
         if operation == 6:
-            if not self._works():
-                return -EIO
-            begin = argument * BLOCK
-            if self.dead:
-                half = BLOCK * self.torn // 4
-                self.data[begin : begin + half] = b"\xff" * half
-                raise PowerCut
             self.erases += 1
-            self.data[begin : begin + BLOCK] = b"\xff" * BLOCK
+            return self._change(argument * BLOCK, b"\xff" * BLOCK)
         return 0
 
-    def _works(self):
-        if self.dead:
-            raise PowerCut
+    def _change(self, begin, content):
         self.operations += 1
+        if self.operations in self.refuses:
+            return -EIO
         if self.operations == self.cut_at:
-            self.dead = True
-        return self.operations not in self.refuses
+            done = len(content) * self.torn // 4
+            self.data[begin : begin + done] = content[:done]
+            self._left = bytearray(self.data)
+            raise PowerCut
+        self.data[begin : begin + len(content)] = content
+        return 0
 
     def format(self):
         vfs.VfsLfs2.mkfs(self)
@@ -82,11 +69,6 @@ class Flash:
         vfs.mount(vfs.VfsLfs2(self), path)
 
     def unmount(self, path="/flash"):
-        """Unmount, and return what is on the chip now."""
+        """Unmount, and return what is on the chip."""
         vfs.umount(path)
-        data = bytearray(self.data)
-        # The garbage collector still closes files that the power cut left open: let it, here.
-        self.dead = False
-        self.cut_at = 0
-        self.refuses = ()
-        return data
+        return self._left or bytearray(self.data)
