@@ -9,8 +9,11 @@ ours is none.
 from json import loads
 
 
-def answers(payload: bytes) -> list[tuple[str, str | None]]:
-    """Return (event id, None) for what is stored, (event id, reason) for what is rejected."""
+def answers(device_id: str, payload: bytes) -> list[tuple[str, str | None]]:
+    """Return (event id, None) for what is stored, (event id, reason) for what is rejected.
+
+    Only what is said to `device_id` counts.
+    """
     try:
         document = loads(payload)
     except (ValueError, RuntimeError, MemoryError):  # RuntimeError: nested too deep
@@ -20,10 +23,10 @@ def answers(payload: bytes) -> list[tuple[str, str | None]]:
         if not isinstance(item, dict) or item.get("schema") != 1:
             continue
         event_id = item.get("event_id")
-        if not isinstance(event_id, str):
+        if not isinstance(event_id, str) or item.get("device_id") != device_id:
             continue
         if item.get("status") == "stored":
             found.append((event_id, None))
         elif item.get("status") == "rejected":
-            found.append((event_id, str(item.get("reason"))))
+            found.append((event_id, str(item.get("reason", ""))))
     return found

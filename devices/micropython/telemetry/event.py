@@ -11,9 +11,9 @@ from json import dumps
 TYPE_CHARS_MAX = 100
 UNIT_CHARS_MAX = 50
 NESTING_MAX = 32
-# A clock that shows another year was never set.
-YEAR_MIN = 2024
-YEAR_MAX = 2035
+# Seconds since 1970. A clock outside of them was never set: from 2024 on, before 2100, and not
+# 6 to 8 February 2036, as an empty NTP answer is the 7th.
+PLAUSIBLE = ((1_704_067_200, 2_085_868_800), (2_086_128_000, 4_102_444_800))
 
 
 def is_device_id(device_id: str) -> bool:
@@ -26,11 +26,32 @@ def is_device_id(device_id: str) -> bool:
     return True
 
 
-def timestamp_text(moment: tuple[int, ...]) -> str | None:
-    """Return a moment of gmtime() in ISO 8601, or None if the clock was not set."""
-    if not YEAR_MIN <= moment[0] <= YEAR_MAX:
+def timestamp_text(unix_ms: int) -> str | None:
+    """Return a moment in ISO 8601, or None if the clock that gave it was not set."""
+    seconds = unix_ms // 1000
+    if not any(begin <= seconds < end for begin, end in PLAUSIBLE):
         return None
-    return "%04d-%02d-%02dT%02d:%02d:%02dZ" % moment[:6]
+    # By hand: gmtime() begins in 1970 or 2000 and ends in 2038 or later, as the board has it.
+    # Years of this count begin in March, so that the leap day is the last; 400 of them are one
+    # era of 146,097 days. Day 0 is 1 March 0000.
+    days = seconds // 86_400 + 719_468
+    of_era = days % 146_097
+    year = (of_era - of_era // 1_460 + of_era // 36_524 - of_era // 146_096) // 365
+    of_year = of_era - (365 * year + year // 4 - year // 100)
+    month = (5 * of_year + 2) // 153
+    day = of_year - (153 * month + 2) // 5 + 1
+    month = month + 3 if month < 10 else month - 9
+    year += days // 146_097 * 400 + (month <= 2)
+    seconds %= 86_400
+    text = "%04d-%02d-%02dT%02d:%02d:%02d" % (
+        year,
+        month,
+        day,
+        seconds // 3600,
+        seconds // 60 % 60,
+        seconds % 60,
+    )
+    return text + (".%03dZ" % (unix_ms % 1000) if unix_ms % 1000 else "Z")
 
 
 def event_bytes(
@@ -39,15 +60,14 @@ def event_bytes(
     event_type: str,
     value: object,
     unit: str | None,
-    timestamp: str | None,
+    unix_ms: int,
     meta: object,
 ) -> bytes | None:
     """Return the event in JSON, or None if the ingester would reject it."""
     if not (
         _is_text(event_type, 1, TYPE_CHARS_MAX)
         and (unit is None or _is_text(unit, 0, UNIT_CHARS_MAX))
-        and (timestamp is None or _is_text(timestamp, 20, 40))
-        and not isinstance(value, (bool, dict, list, tuple))
+        and not isinstance(value, (dict, list, tuple))
         and _is_storable(value, 0)
         and (meta is None or (isinstance(meta, dict) and _is_storable(meta, 0)))
     ):
@@ -59,12 +79,13 @@ def event_bytes(
         dumps(event_type),
     )
     if value is not None:
-        text += ',"value":' + dumps(value)
+        text += ',"value":' + dumps(int(value) if isinstance(value, bool) else value)
     if unit is not None:
         text += ',"unit":' + dumps(unit)
+    timestamp = timestamp_text(unix_ms)
     if timestamp is not None:
         text += ',"ts_device":"' + timestamp + '"'
-    if meta:
+    if meta is not None:
         text += ',"meta":' + dumps(meta, separators=(",", ":"))
     return (text + "}").encode()
 

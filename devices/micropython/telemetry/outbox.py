@@ -12,21 +12,31 @@ anything in `_queue`.
 
 import os
 from binascii import crc32
+from collections import OrderedDict
 from json import loads
-from time import gmtime, ticks_add, ticks_diff, ticks_ms, ticks_us
+from time import gmtime, ticks_add, ticks_diff, ticks_ms, ticks_us, time_ns
 
 from telemetry.ack import answers
-from telemetry.event import event_bytes, event_id_of, is_device_id, timestamp_text
+from telemetry.event import event_bytes, event_id_of, is_device_id
 from telemetry.store import FlashStore
 
-# Bytes of an answer beyond the two ids in it: the longest that the ingester gives.
-ANSWER_BYTES = 200
+ANSWER_BYTES = 200  # of one event in an ACK, beyond the event id and the device id
+BATCH_MAX = 32
+NO_TIME = 0  # what the clock shows that was never set
 RESEND_MS = 5_000
 RESEND_MS_MAX = 300_000
 SILENT_MAX = 3  # sent so often without an answer, a connection is not trusted any more
 SAVE_AGAIN_MS = 10_000  # after the flash refused
 RUNS_MAX = 8  # of lost events, that are remembered until they are told
 NOTE_BYTES = 400  # an event that tells of one such run has less
+
+
+EPOCH_MS = 946_684_800_000 if gmtime(0)[0] == 2000 else 0  # some boards count from 2000
+
+
+def unix_ms_now() -> int:
+    """Return the milliseconds since 1970 by the device's clock."""
+    return time_ns() // 1_000_000 + EPOCH_MS
 
 
 class Waiting:
@@ -37,6 +47,11 @@ class Waiting:
         self.data = data
         self.segment = segment
         self.added_ms = added_ms
+
+
+def payload_of(batch: list[bytes]) -> bytes:
+    """Return the message that holds these events."""
+    return batch[0] if len(batch) == 1 else b"[" + b",".join(batch) + b"]"
 
 
 def _random(bits: int) -> int:
@@ -59,7 +74,7 @@ class Telemetry:
     `memory_bytes_max`: of events in memory. `drop_oldest`: what gives way where there is no
     room, the oldest event or the new one. `receive_bytes_max`: the largest packet that the
     MQTT client can take; the answers to a batch have to fit. `send_bytes_max`: likewise.
-    `clock` gives the UTC time as gmtime() does, `ticks` milliseconds as ticks_ms() does.
+    `clock` gives milliseconds since 1970, `ticks` milliseconds as ticks_ms() does.
     """
 
     def __init__(
@@ -71,7 +86,7 @@ class Telemetry:
         drop_oldest: bool = True,
         receive_bytes_max: int = 2_048,
         send_bytes_max: int = 2_048,
-        clock=gmtime,  # type: ignore[no-untyped-def]
+        clock=unix_ms_now,  # type: ignore[no-untyped-def]
         ticks=ticks_ms,  # type: ignore[no-untyped-def]
     ) -> None:
         if not is_device_id(device_id):
@@ -84,14 +99,14 @@ class Telemetry:
         self._memory_bytes_max = max(memory_bytes_max, 2 * send_bytes_max)
         self._drop_oldest = drop_oldest
         self._send_bytes_max = send_bytes_max
-        self._batch_max = max(1, receive_bytes_max // (2 * len(device_id) + 40 + ANSWER_BYTES))
-        self._batch = self._batch_max
+        self._receive_bytes_max = receive_bytes_max
+        self._batch = BATCH_MAX  # fewer where no answer comes
         self._sent: list[Waiting] = []
         self._queue: list[Waiting] = []
         self._bytes = 0  # of what is in both
         self._in_flight = 0  # how many of `_sent` the last message held
-        self._lost: list[list[object]] = []  # runs of [salt, boot, from, to], not told yet
-        self._told: list[list[object]] = []  # told by events that are not kept yet
+        self._lost: list[tuple[str, int, int, int]] = []  # salt, boot, from, to; not told yet
+        self._told: list[tuple[str, int, int, int]] = []  # told by events that are not kept yet
         self._salt = ""
         self._boot = 1
         self._sequence = 0
@@ -126,17 +141,18 @@ class Telemetry:
         event_type: str,
         value: object = None,
         unit: str | None = None,
-        timestamp: str | None = None,
+        unix_ms: int | None = None,
         meta: object = None,
     ) -> str | None:
         """Put an event into the outbox; return its id, or None if it can never be stored.
 
-        Without a timestamp it gets the time of the clock, if that was set. It does not send.
-        Only where memory is full it writes to the flash.
+        Without a time of its own it gets the clock's, if that was set. It does not send. Only
+        where memory is full it writes to the flash.
         """
         event_id = "%s-%s-%d-%d" % (self.device_id, self._salt, self._boot, self._sequence + 1)
-        timestamp = timestamp or timestamp_text(self._clock())
-        data = event_bytes(event_id, self.device_id, event_type, value, unit, timestamp, meta)
+        if unix_ms is None:
+            unix_ms = self._clock()
+        data = event_bytes(event_id, self.device_id, event_type, value, unit, unix_ms, meta)
         if data is None or len(data) > self._send_bytes_max:
             return None
         self._sequence += 1
@@ -232,7 +248,7 @@ class Telemetry:
 
     def on_ack(self, payload: bytes) -> None:
         """Take what came on acks_topic."""
-        for event_id, reason in answers(payload):
+        for event_id, reason in answers(self.device_id, payload):
             for item in self._sent:
                 if item.event_id == event_id:
                     self._forget(item)
@@ -254,7 +270,7 @@ class Telemetry:
         self._take(item)
         self._answered = True
         self._silent = 0
-        self._batch = self._batch_max
+        self._batch = BATCH_MAX
         if item.segment and self._store is not None:
             self._store.answered(item.segment)
 
@@ -270,44 +286,47 @@ class Telemetry:
 
     def _fill(self) -> None:
         """Put into `_sent` what is next, from the flash first."""
-        size = sum(len(item.data) + 1 for item in self._sent)
+        size = sum(len(item.data) for item in self._sent)
         store = self._store
-        while len(self._sent) < self._batch_max:
+        while len(self._sent) < BATCH_MAX and size < self._send_bytes_max:
             if store is not None and not store.all_read():
-                room = self._send_bytes_max - size
-                found = store.read(self._batch_max - len(self._sent), room)
-                for segment, data in found:
-                    size += len(data) + 1
+                for segment, data in store.read(
+                    BATCH_MAX - len(self._sent), self._send_bytes_max - size
+                ):
+                    size += len(data)
                     self._bytes += len(data)
                     self._sent.append(Waiting(event_id_of(data) or "", data, segment, 0))
-                if not found or size >= self._send_bytes_max:
-                    return
-                continue
-            if not self._queue or size + len(self._queue[0].data) > self._send_bytes_max:
+            elif self._queue:
+                size += len(self._queue[0].data)
+                self._sent.append(self._queue.pop(0))
+            else:
                 return
-            size += len(self._queue[0].data) + 1
-            self._sent.append(self._queue.pop(0))
+
+    def _next_batch(self) -> list[bytes]:
+        """Return the first events of `_sent` that fit, and whose answers do; at least one."""
+        batch: list[bytes] = []
+        size, answer_size = 1, 2
+        for item in self._sent[: self._batch]:
+            size += len(item.data) + 1
+            answer_size += len(item.event_id) + len(self.device_id) + ANSWER_BYTES
+            if batch and (size > self._send_bytes_max or answer_size > self._receive_bytes_max):
+                break
+            batch.append(item.data)
+        return batch
 
     def _send(self, publish, now: int) -> None:  # type: ignore[no-untyped-def]
         self._fill()
         if not self._sent:
             return
-        batch: list[bytes] = []
-        size = 1
-        for item in self._sent[: self._batch]:
-            size += len(item.data) + 1
-            if batch and size > self._send_bytes_max:
-                break
-            batch.append(item.data)
-        payload = batch[0] if len(batch) == 1 else b"[" + b",".join(batch) + b"]"
-        if not publish(self.events_topic, payload):
+        batch = self._next_batch()
+        if not publish(self.events_topic, payload_of(batch)):
             return
         self._in_flight = len(batch)
         delay = min(RESEND_MS << min(self._silent, 6), RESEND_MS_MAX)
         self._next_send = ticks_add(now, delay // 2 + _random(16) * delay // 65_536)
         if self._silent:
             # Perhaps the answer is too large for the way back: fewer are answered shorter.
-            self._batch = max(1, self._batch // 2)
+            self._batch = max(1, len(batch) // 2)
         self._silent += 1
 
     # --- where there is no room -----------------------------------------------------------
@@ -346,14 +365,14 @@ class Telemetry:
             self._add_run(told["salt"], told["boot"], told["from"], told["to"])
         self.on_dropped(event_id)
 
-    def _add_run(self, salt: object, boot: object, first: object, last: object) -> None:
-        for run in self._lost:
-            if run[:2] == [salt, boot] and run[3] == int(first) - 1:  # type: ignore[call-overload]
-                run[3] = last
+    def _add_run(self, salt: str, boot: int, first: int, last: int) -> None:
+        for index, run in enumerate(self._lost):
+            if run[:2] == (salt, boot) and run[3] == first - 1:
+                self._lost[index] = (salt, boot, run[2], last)
                 return
         if len(self._lost) == RUNS_MAX:
             del self._lost[0]
-        self._lost.append([salt, boot, first, last])
+        self._lost.append((salt, boot, first, last))
 
     def _tell_lost(self) -> None:
         """Make events of what was dropped, and keep them before the note of it is erased."""
@@ -362,9 +381,8 @@ class Telemetry:
         told, self._lost = self._lost, []
         self._told += told
         for salt, boot, first, last in told:
-            count = int(last) - int(first) + 1  # type: ignore[call-overload]
-            meta = {"salt": salt, "boot": boot, "from": first, "to": last}
-            self.add("outbox_dropped", count, None, None, meta)
+            meta = OrderedDict((("salt", salt), ("boot", boot), ("from", first), ("to", last)))
+            self.add("outbox_dropped", last - first + 1, None, NO_TIME, meta)
         self.save()
 
     def _erase_told(self, store: FlashStore) -> None:

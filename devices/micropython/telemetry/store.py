@@ -55,7 +55,7 @@ class FlashStore:
         self._unsafe_tail = False  # an append to it failed: what it ends with is not known
         self.salt = ""
         self.boot = 0
-        self.lost: list[list[object]] = []  # what dropped() found, until it was told
+        self.lost: list[tuple[str, int, int, int]] = []  # what dropped() found, until it was told
         self.damaged = 0  # files and records that could not be read
         self.failures = 0  # calls that the flash refused
 
@@ -91,7 +91,8 @@ class FlashStore:
             if line:  # an empty one is what a power cut leaves of a new file
                 self.damaged += 1
             return
-        self.salt, self.boot, self._first, self.lost = loads(record)
+        self.salt, self.boot, self._first, lost = loads(record)
+        self.lost = [tuple(run) for run in lost]
 
     def _find_segments(self) -> None:
         self._next = self._first
@@ -250,7 +251,7 @@ class FlashStore:
         self._at, self._offset = at, offset
         return segment.number, records
 
-    def drop(self, number: int, lost: list[list[object]]) -> None:
+    def drop(self, number: int, lost: list[tuple[str, int, int, int]]) -> None:
         """Give the oldest segment up, once it is noted on the flash that its events are lost."""
         self._first, self.lost = number + 1, lost
         is_noted = self.save_state()

@@ -19,6 +19,7 @@ from telemetry import FlashStore, Telemetry
 BLOCKS = 32
 STORE_BYTES = 8192  # two segments: the third drops the first
 PADDING = "x" * 480
+ACK = {"schema": 1, "device_id": "dev-1", "status": "stored"}
 
 
 class Server:
@@ -44,7 +45,7 @@ class Server:
                     same = self.stored.get(event_id)
                     assert same is None or same[0] == text, "altered: " + event_id
                     self.stored[event_id] = (text, event)
-                    acks.append({"schema": 1, "event_id": event_id, "status": "stored"})
+                    acks.append(dict(ACK, event_id=event_id))
         self.inbox = []
         device.on_ack(json.dumps(acks).encode())
 
@@ -64,7 +65,7 @@ class World:
         store = FlashStore("/flash/outbox", STORE_BYTES)
         device = Telemetry(
             "dev-1", store, 1000, send_bytes_max=2048, receive_bytes_max=2048,
-            clock=lambda: (2026, 2, 10, 0, 0, 0, 0, 0), ticks=lambda: self.now,
+            clock=lambda: 1770681600000, ticks=lambda: self.now,
         )
         device.on_kept = self.kept.add
         device.on_dropped = self.dropped.add
