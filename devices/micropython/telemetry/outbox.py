@@ -54,7 +54,7 @@ def payload_of(batch: list[bytes]) -> bytes:
     return batch[0] if len(batch) == 1 else b"[" + b",".join(batch) + b"]"
 
 
-def _random(bits: int) -> int:
+def random_bits(bits: int) -> int:
     """Return some random bits; where the hardware has no entropy yet, at least the board's."""
     seed = os.urandom(8) + str(ticks_us()).encode()
     try:
@@ -94,6 +94,7 @@ class Telemetry:
         self.device_id = device_id
         self.events_topic = "qs/v1/%s/events" % device_id
         self.acks_topic = "qs/v1/%s/acks" % device_id
+        self.client_id = device_id  # for the MQTT session; from begin() on it is this board's own
         self._store = store
         self._hold_ms = hold_ms
         self._memory_bytes_max = max(memory_bytes_max, 2 * send_bytes_max)
@@ -128,11 +129,13 @@ class Telemetry:
 
     def begin(self) -> None:
         """Read the store, and make the ids of this boot ones that were never there before."""
-        self._salt = "%08x" % _random(32)
+        self._salt = "%08x" % random_bits(32)
         if self._store is not None:
             self._store.begin(self._salt)
             self._salt, self._boot = self._store.salt, self._store.boot
             self._lost = self._store.lost
+        # Two boards with one device id would throw each other out without the salt.
+        self.client_id = self.device_id + "-" + self._salt
 
     # --- what the program calls ----------------------------------------------------------
 
@@ -323,7 +326,7 @@ class Telemetry:
             return
         self._in_flight = len(batch)
         delay = min(RESEND_MS << min(self._silent, 6), RESEND_MS_MAX)
-        self._next_send = ticks_add(now, delay // 2 + _random(16) * delay // 65_536)
+        self._next_send = ticks_add(now, delay // 2 + random_bits(16) * delay // 65_536)
         if self._silent:
             # Perhaps the answer is too large for the way back: fewer are answered shorter.
             self._batch = max(1, len(batch) // 2)
