@@ -126,7 +126,14 @@ def main() -> None:
     given = options()
     block_sigterm()
     store = FlashStore(given["store"], STORE_BYTES_MAX)
-    telemetry = Telemetry(given["device"], store, int(given["hold-ms"]))
+    telemetry = Telemetry(
+        given["device"],
+        store,
+        int(given["hold-ms"]),
+        memory_bytes_max=65_536,
+        receive_bytes_max=16_384,
+        send_bytes_max=16_384,
+    )
     telemetry.on_kept = lambda event_id: say("kept " + event_id)
     telemetry.on_stored = lambda event_id: say("stored " + event_id)
     telemetry.on_rejected = lambda event_id, reason: say("rejected %s %s" % (event_id, reason))

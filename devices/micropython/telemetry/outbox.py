@@ -254,11 +254,12 @@ class Telemetry:
         for event_id, reason in answers(self.device_id, payload):
             for item in self._sent:
                 if item.event_id == event_id:
-                    self._forget(item)
+                    # Told first: if the power goes in between, it is told twice and not never.
                     if reason is None:
                         self.on_stored(event_id)
                     else:
                         self.on_rejected(event_id, reason)
+                    self._forget(item)
                     break
 
     # --- inside -------------------------------------------------------------------------
