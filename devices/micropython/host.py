@@ -21,7 +21,7 @@ sys.path[:0] = [HERE, HERE + "/.tools/lib"]  # the library, and umqtt.simple
 
 from umqtt.simple import MQTTClient
 
-from telemetry import FlashStore, Telemetry
+from telemetry import FolderStore, Telemetry
 from telemetry.umqtt_link import UmqttLink
 
 STORE_BYTES_MAX = 4 * 1024 * 1024
@@ -125,7 +125,7 @@ def run(telemetry: Telemetry, link: UmqttLink, count: int, interval_ms: int) -> 
 def main() -> None:
     given = options()
     block_sigterm()
-    store = FlashStore(given["store"], STORE_BYTES_MAX)
+    store = FolderStore(given["store"], STORE_BYTES_MAX)
     telemetry = Telemetry(
         given["device"],
         store,

@@ -1,10 +1,10 @@
-"""Events that reach the database, whatever happens to the device: see Telemetry, FlashStore.
+"""Events that reach the database, whatever happens to the device: see Telemetry, FolderStore.
 
 What it does: names what programs import. What it does not: connect; see umqtt_simple and
 asynchronous, for the two usual MQTT clients.
 """
 
 from telemetry.outbox import Telemetry
-from telemetry.store import FlashStore
+from telemetry.store import FolderStore
 
-__all__ = ["FlashStore", "Telemetry"]
+__all__ = ["FolderStore", "Telemetry"]

@@ -29,7 +29,10 @@ def is_device_id(device_id: str) -> bool:
 def timestamp_text(unix_ms: int) -> str | None:
     """Return a moment in ISO 8601, or None if the clock that gave it was not set."""
     seconds = unix_ms // 1000
-    if not any(begin <= seconds < end for begin, end in PLAUSIBLE):
+    if not (
+        PLAUSIBLE[0][0] <= seconds < PLAUSIBLE[0][1]
+        or PLAUSIBLE[1][0] <= seconds < PLAUSIBLE[1][1]
+    ):
         return None
     # By hand: gmtime() begins in 1970 or 2000 and ends in 2038 or later, as the board has it.
     # Years of this count begin in March, so that the leap day is the last; 400 of them are one
@@ -72,22 +75,31 @@ def event_bytes(
         and (meta is None or (isinstance(meta, dict) and _is_storable(meta, 0)))
     ):
         return None
-    # By hand: MicroPython does not keep the order of a dict's keys.
-    text = '{"schema":1,"event_id":"%s","device_id":"%s","event_type":%s' % (
+    # By hand: MicroPython does not keep the order of a dict's keys. In parts, joined once.
+    parts = [
+        '{"schema":1,"event_id":"',
         event_id,
+        '","device_id":"',
         device_id,
+        '","event_type":',
         dumps(event_type),
-    )
+    ]
     if value is not None:
-        text += ',"value":' + dumps(int(value) if isinstance(value, bool) else value)
+        parts.append(',"value":')
+        parts.append(dumps(int(value) if isinstance(value, bool) else value))
     if unit is not None:
-        text += ',"unit":' + dumps(unit)
+        parts.append(',"unit":')
+        parts.append(dumps(unit))
     timestamp = timestamp_text(unix_ms)
     if timestamp is not None:
-        text += ',"ts_device":"' + timestamp + '"'
+        parts.append(',"ts_device":"')
+        parts.append(timestamp)
+        parts.append('"')
     if meta is not None:
-        text += ',"meta":' + dumps(meta, separators=(",", ":"))
-    return (text + "}").encode()
+        parts.append(',"meta":')
+        parts.append(dumps(meta, separators=(",", ":")))
+    parts.append("}")
+    return "".join(parts).encode()
 
 
 def event_id_of(event: bytes) -> str | None:

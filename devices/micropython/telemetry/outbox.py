@@ -3,7 +3,7 @@
 What it does: gives each event its id, holds it in memory and, if no answer comes soon, in the
 store; sends the oldest first, in batches, again and again; forgets an event when its ACK
 comes, and never otherwise, unless there is no room: then it counts, and tells the server.
-What it does not: connect, or wait. An adapter calls connected(), loop() and on_ack().
+What it does not: connect, or wait. An adapter calls connected(), loop() and on_message().
 
 Invariant: an event is in one of two places, `_sent` (what is on its way) or `_queue`
 (behind it), or only on the flash, between them. What is on the flash was added before
@@ -18,12 +18,12 @@ from time import gmtime, ticks_add, ticks_diff, ticks_ms, ticks_us, time_ns
 
 from telemetry.ack import answers
 from telemetry.event import event_bytes, event_id_of, is_device_id
-from telemetry.store import FlashStore
+from telemetry.store import FolderStore
 
 ANSWER_BYTES = 200  # of one event in an ACK, beyond the event id and the device id
 BATCH_MAX = 32
 NO_TIME = 0  # what the clock shows that was never set
-RESEND_MS = 5_000
+RESEND_MS = 10_000
 RESEND_MS_MAX = 300_000
 SILENT_MAX = 3  # sent so often without an answer, a connection is not trusted any more
 SAVE_AGAIN_MS = 10_000  # after the flash refused
@@ -69,10 +69,10 @@ def random_bits(bits: int) -> int:
 class Telemetry:
     """One device's outbox.
 
-    `store`: a FlashStore, or None for memory alone. `hold_ms`: how long an event may wait for
+    `store`: a FolderStore, or None for memory alone. `hold_ms`: how long an event may wait for
     its answer before it is written to the store; 0: it is written before it is sent.
-    `memory_bytes_max`: of events in memory. `drop_oldest`: what gives way where there is no
-    room, the oldest event or the new one. `receive_bytes_max`: the largest packet that the
+    `memory_bytes_max`: of events in memory. `refuse_newest`: where there is no room the new
+    event gives way, and not the oldest. `receive_bytes_max`: the largest packet that the
     MQTT client can take; the answers to a batch have to fit. `send_bytes_max`: likewise.
     `clock` gives milliseconds since 1970, `ticks` milliseconds as ticks_ms() does.
     """
@@ -80,25 +80,26 @@ class Telemetry:
     def __init__(
         self,
         device_id: str,
-        store: FlashStore | None = None,
-        hold_ms: int = 2_000,
+        store: FolderStore | None = None,
+        hold_ms: int = 30_000,
         memory_bytes_max: int = 8_192,
-        drop_oldest: bool = True,
+        refuse_newest: bool = False,
         receive_bytes_max: int = 2_048,
         send_bytes_max: int = 2_048,
         clock=unix_ms_now,  # type: ignore[no-untyped-def]
         ticks=ticks_ms,  # type: ignore[no-untyped-def]
+        topic_root: str = "qs/v1",
     ) -> None:
         if not is_device_id(device_id):
             raise ValueError("device_id: expected 1 to 64 characters of A-Z a-z 0-9 _ . : -")
         self.device_id = device_id
-        self.events_topic = "qs/v1/%s/events" % device_id
-        self.acks_topic = "qs/v1/%s/acks" % device_id
+        self.events_topic = "%s/%s/events" % (topic_root, device_id)
+        self.acks_topic = "%s/%s/acks" % (topic_root, device_id)
         self.client_id = device_id  # for the MQTT session; from begin() on it is this board's own
         self._store = store
         self._hold_ms = hold_ms
         self._memory_bytes_max = max(memory_bytes_max, 2 * send_bytes_max)
-        self._drop_oldest = drop_oldest
+        self._refuse_newest = refuse_newest
         self._send_bytes_max = send_bytes_max
         self._receive_bytes_max = receive_bytes_max
         self._batch = BATCH_MAX  # fewer where no answer comes
@@ -112,6 +113,7 @@ class Telemetry:
         self._boot = 1
         self._sequence = 0
         self._dropped = 0
+        self._refused = 0
         self._connected = False
         self._answered = False  # since connected(): the way to the database is open
         self._silent = 0  # how often it was sent without an answer
@@ -147,21 +149,24 @@ class Telemetry:
         unix_ms: int | None = None,
         meta: object = None,
     ) -> str | None:
-        """Put an event into the outbox; return its id, or None if it can never be stored.
+        """Put an event into the outbox; return its id, or None if it cannot be taken.
 
-        Without a time of its own it gets the clock's, if that was set. It does not send. Only
-        where memory is full it writes to the flash.
+        It is refused if the ingester would reject it, if it is too large to be sent, or if
+        there is no room and the newest gives way. Without a time of its own it gets the
+        clock's, if that was set; with 0 none. It does not send. Only where memory is full it
+        writes to the flash.
         """
         event_id = "%s-%s-%d-%d" % (self.device_id, self._salt, self._boot, self._sequence + 1)
         if unix_ms is None:
             unix_ms = self._clock()
         data = event_bytes(event_id, self.device_id, event_type, value, unit, unix_ms, meta)
         if data is None or len(data) > self._send_bytes_max:
+            self._refused += 1
             return None
         self._sequence += 1
         if not self._make_room(data):
             self._drop(event_id, data)
-            return event_id
+            return None
         self._queue.append(Waiting(event_id, data, 0, self._ticks()))
         self._bytes += len(data)
         return event_id
@@ -197,7 +202,7 @@ class Telemetry:
                 self._erase_told(store)
                 return True
             if store.is_full(unkept[0].data):
-                if not self._drop_oldest:
+                if self._refuse_newest:
                     break
                 self._drop_segment(store)
                 continue
@@ -226,6 +231,18 @@ class Telemetry:
         """Return how many events were dropped since begin()."""
         return self._dropped
 
+    def refused(self) -> int:
+        """Return how many add() did not take because they could never be stored."""
+        return self._refused
+
+    def damaged(self) -> int:
+        """Return how many files and records of the store could not be read."""
+        return self._store.damaged if self._store is not None else 0
+
+    def store_errors(self) -> int:
+        """Return how many calls the flash refused."""
+        return self._store.errors if self._store is not None else 0
+
     def sleep_allowed(self) -> bool:
         """Tell whether nothing is lost if the memory is: all is answered or on the flash."""
         return self.waiting() == self.kept()
@@ -249,8 +266,10 @@ class Telemetry:
             return True
         return False
 
-    def on_ack(self, payload: bytes) -> None:
-        """Take what came on acks_topic."""
+    def on_message(self, topic: str, payload: bytes) -> bool:
+        """Take a message; return whether it was for the outbox."""
+        if topic != self.acks_topic:
+            return False
         for event_id, reason in answers(self.device_id, payload):
             for item in self._sent:
                 if item.event_id == event_id:
@@ -261,6 +280,7 @@ class Telemetry:
                         self.on_rejected(event_id, reason)
                     self._forget(item)
                     break
+        return True
 
     # --- inside -------------------------------------------------------------------------
 
@@ -271,6 +291,8 @@ class Telemetry:
         self._bytes -= len(item.data)
 
     def _forget(self, item: Waiting) -> None:
+        if item not in self._sent:
+            return  # a callback made room
         self._take(item)
         self._answered = True
         self._silent = 0
@@ -290,7 +312,9 @@ class Telemetry:
 
     def _fill(self) -> None:
         """Put into `_sent` what is next, from the flash first."""
-        size = sum(len(item.data) for item in self._sent)
+        size = 0
+        for item in self._sent:
+            size += len(item.data)
         store = self._store
         while len(self._sent) < BATCH_MAX and size < self._send_bytes_max:
             if store is not None and not store.all_read():
@@ -341,14 +365,14 @@ class Telemetry:
         if self._next_save is None and self._store is not None:
             self.save()
         while self._bytes + len(data) > self._memory_bytes_max:
-            if not self._drop_oldest or not self._queue:
+            if self._refuse_newest or not self._queue:
                 return False
             oldest = self._queue.pop(0)  # what is on its way may be stored already
             self._bytes -= len(oldest.data)
             self._drop(oldest.event_id, oldest.data)
         return True
 
-    def _drop_segment(self, store: FlashStore) -> None:
+    def _drop_segment(self, store: FolderStore) -> None:
         """Give up the oldest events on the flash."""
         number, records = store.oldest()
         for item in self._sent[:]:
@@ -389,7 +413,7 @@ class Telemetry:
             self.add("outbox_dropped", last - first + 1, None, NO_TIME, meta)
         self.save()
 
-    def _erase_told(self, store: FlashStore) -> None:
+    def _erase_told(self, store: FolderStore) -> None:
         if self._told:
             self._told = []
             store.lost = self._lost

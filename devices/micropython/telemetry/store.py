@@ -28,7 +28,8 @@ def _line(record: bytes) -> bytes:
 def _record(line: bytes) -> bytes | None:
     """Return what the line holds, or None if it is damaged."""
     record = line[HEAD_BYTES:-1]
-    return record if record and _line(record) == line else None
+    is_whole = line[-1:] == b"\n" and line[:HEAD_BYTES] == b"%08x " % (crc32(record) & 0xFFFFFFFF)
+    return record if record and is_whole else None
 
 
 class Segment:
@@ -40,7 +41,7 @@ class Segment:
         self.waiting = waiting
 
 
-class FlashStore:
+class FolderStore:
     """A folder on the flash; its parent must be there. `bytes_max` bounds what it takes."""
 
     def __init__(self, folder: str, bytes_max: int = 131072) -> None:
@@ -57,7 +58,7 @@ class FlashStore:
         self.boot = 0
         self.lost: list[tuple[str, int, int, int]] = []  # what dropped() found, until it was told
         self.damaged = 0  # files and records that could not be read
-        self.failures = 0  # calls that the flash refused
+        self.errors = 0  # calls that the flash refused
 
     # --- start --------------------------------------------------------------------------
 
@@ -99,7 +100,7 @@ class FlashStore:
         try:
             names = os.listdir(self._folder)
         except OSError:
-            self.failures += 1
+            self.errors += 1
             return
         for name in names:
             if name.isdigit():
@@ -151,11 +152,10 @@ class FlashStore:
 
     def all_read(self) -> bool:
         """Tell whether read() would find nothing."""
-        return all(
-            segment.number < self._at
-            or (segment.number == self._at and self._offset >= segment.size)
-            for segment in self._segments
-        )
+        if not self._segments:
+            return True
+        last = self._segments[-1]
+        return last.number < self._at or (last.number == self._at and self._offset >= last.size)
 
     def read(self, count_max: int, bytes_max: int) -> list[tuple[int, bytes]]:
         """Return the next records, each with the number of its segment; at least one if any."""
@@ -187,7 +187,7 @@ class FlashStore:
                     if record is not None:
                         found.append((segment.number, record))
         except OSError:
-            self.failures += 1
+            self.errors += 1
         if not found:  # it cannot be read now; the next boot looks at it again
             self._offset = segment.size
         return found
@@ -270,7 +270,7 @@ class FlashStore:
         try:
             os.rename(path + ".new", path)
         except OSError:
-            self.failures += 1
+            self.errors += 1
             return False
         return True
 
@@ -288,7 +288,7 @@ class FlashStore:
                 file.flush()  # on a computer, close() alone does not bring it to the disk
             return True
         except OSError:
-            self.failures += 1
+            self.errors += 1
             return False
 
     def _remove(self, segment: Segment) -> None:
@@ -296,4 +296,4 @@ class FlashStore:
         try:
             os.remove(self._path(segment.number))
         except OSError:
-            self.failures += 1  # the next boot finds it, sends it again, and removes it then
+            self.errors += 1  # the next boot finds it, sends it again, and removes it then

@@ -64,7 +64,6 @@ class UmqttLink:
         self._telemetry = telemetry
         self._client = client
         self._timeout_seconds = timeout_seconds
-        self._acks_topic = telemetry.acks_topic.encode()
         self._socket = None
         self._retry_ms = RETRY_MS
         self._next_connect: int | None = None  # None: at once
@@ -110,7 +109,7 @@ class UmqttLink:
         except TypeError:  # before version 1.4 it has no timeout
             self._client.connect()
         self._client.sock = self._socket = _Socket(self._client.sock, self._timeout_seconds)
-        self._client.subscribe(self._acks_topic, 1)
+        self._client.subscribe(self._telemetry.acks_topic.encode(), 1)
         if self.on_connect is not None:
             self.on_connect()
         self._telemetry.connected()
@@ -138,9 +137,8 @@ class UmqttLink:
         self._heard.append((topic, payload))  # what the program does with it is not guarded
 
     def _take(self, topic: bytes, payload: bytes) -> None:
-        if topic == self._acks_topic:
+        if self._telemetry.on_message(topic.decode(), payload):
             self._retry_ms = RETRY_MS
-            self._telemetry.on_ack(payload)
         elif self.on_message is not None:
             self.on_message(topic, payload)
 

@@ -131,7 +131,7 @@ def check_ack(vector, of):
     made.on_stored = lambda event_id: stored.append(ids.index(event_id) + 1)
     made.on_rejected = lambda event_id, reason: rejected.append([ids.index(event_id) + 1, reason])
     for answer in vector["payloads"]:
-        made.on_ack(answer.encode())
+        made.on_message(made.acks_topic, answer.encode())
     assert stored == vector["stored"], stored
     assert rejected == vector["rejected"], rejected
     waiting = [number for number in range(1, 4) if number not in stored

@@ -11,10 +11,9 @@ that was not added, or differs; no id is given twice.
 
 import gc
 import json
-import sys
 
 from flash import Flash, PowerCut
-from telemetry import FlashStore, Telemetry
+from telemetry import FolderStore, Telemetry
 
 BLOCKS = 32
 STORE_BYTES = 8192  # two segments: the third drops the first
@@ -47,13 +46,14 @@ class Server:
                     self.stored[event_id] = (text, event)
                     acks.append(dict(ACK, event_id=event_id))
         self.inbox = []
-        device.on_ack(json.dumps(acks).encode())
+        device.on_message(device.acks_topic, json.dumps(acks).encode())
 
 
 class World:
     """What happened so far, over all boots: what the device itself said."""
 
-    def __init__(self):
+    def __init__(self, refuse_newest):
+        self.refuse_newest = refuse_newest
         self.server = Server()
         self.added = {}
         self.kept = set()
@@ -62,9 +62,9 @@ class World:
         self.value = 0
 
     def boot(self):
-        store = FlashStore("/flash/outbox", STORE_BYTES)
+        store = FolderStore("/flash/outbox", STORE_BYTES)
         device = Telemetry(
-            "dev-1", store, 1000, send_bytes_max=2048, receive_bytes_max=2048,
+            "dev-1", store, 1000, 4096, self.refuse_newest,
             clock=lambda: 1770681600000, ticks=lambda: self.now,
         )
         device.on_kept = self.kept.add
@@ -77,7 +77,8 @@ class World:
             self.value += 1
             event_id = device.add("test", self.value, None, None, {"n": self.value, "p": PADDING})
             assert event_id not in self.added, "given twice: " + event_id
-            self.added[event_id] = self.value
+            if event_id is not None:
+                self.added[event_id] = self.value
 
     def loop(self, device, passed_ms=0):
         self.now += passed_ms
@@ -140,9 +141,9 @@ def life(world):
     world.drain(world.boot())
 
 
-def once(empty, **trouble):
-    """Run a life with this trouble, then one more boot without; return how it went."""
-    world = World()
+def once(empty, refuse_newest=False, **trouble):
+    """Run a life with this trouble, then more boots without; return how it went."""
+    world = World(refuse_newest)
     flash = Flash(BLOCKS, bytearray(empty), **trouble)
     flash.mount()
     try:
@@ -162,31 +163,29 @@ def once(empty, **trouble):
     return operations, world
 
 
+def every_operation(empty, refuse_newest, torn, refused):
+    count, world = once(empty, refuse_newest)
+    assert world.dropped and len(world.server.stored) > 10
+    print("a life of %d operations, %d events, %d dropped, the %s" % (
+        count, len(world.added), len(world.dropped), "newest" if refuse_newest else "oldest"))
+    troubles = [{"cut_at": k, "torn": part} for part in torn for k in range(1, count + 1)]
+    troubles += [{"refuses": range(k, k + n)} for n in refused for k in range(1, count + 1)]
+    for trouble in troubles:
+        try:
+            once(empty, refuse_newest, **trouble)
+        except BaseException:
+            print(trouble)
+            raise
+        gc.collect()
+    print("ok: the power cut at each, with %s quarters of a write done" % (torn,))
+    print("ok: each refused, %s at a time" % (refused,))
+
+
 def main():
     empty = Flash(BLOCKS)
     empty.format()
-    count, world = once(empty.data)
-    assert world.dropped and len(world.server.stored) > 10
-    print("a life: %d operations, %d events, %d dropped" % (
-        count, len(world.added), len(world.dropped)))
-    for torn in (0, 2, 4):
-        for cut_at in range(1, count + 1):
-            try:
-                once(empty.data, cut_at=cut_at, torn=torn)
-            except BaseException:
-                print("power cut at operation %d, %d quarters written" % (cut_at, torn))
-                raise
-            gc.collect()
-    print("ok: power cut at each of %d operations, 3 times" % count)
-    for first in range(1, count + 1, 1):
-        for length in (1, 12):
-            try:
-                once(empty.data, refuses=range(first, first + length))
-            except BaseException:
-                print("%d operations refused from %d on" % (length, first))
-                raise
-        gc.collect()
-    print("ok: each of %d operations refused, alone and with the 11 after it" % count)
+    every_operation(empty.data, False, (0, 2, 4), (1, 12))
+    every_operation(empty.data, True, (2,), (12,))
 
 
 if __name__ == "__main__":
