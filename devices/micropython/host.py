@@ -19,10 +19,9 @@ from time import sleep_ms, ticks_add, ticks_diff, ticks_ms
 HERE = __file__.rsplit("/", 1)[0] if "/" in __file__ else "."
 sys.path[:0] = [HERE, HERE + "/.tools/lib"]  # the library, and umqtt.simple
 
-from umqtt.simple import MQTTClient
-
 from telemetry import FolderStore, Telemetry
 from telemetry.umqtt_link import UmqttLink
+from umqtt.simple import MQTTClient
 
 STORE_BYTES_MAX = 4 * 1024 * 1024
 SIGTERM = 15
@@ -36,7 +35,7 @@ def say(line: str) -> None:
 
 
 def options() -> dict[str, str]:
-    given = {name: "" for name in OPTIONAL}
+    given = dict.fromkeys(OPTIONAL, "")
     words = sys.argv[1:]
     while len(words) > 1 and words[0][:2] == "--" and words[0][2:] in REQUIRED + OPTIONAL:
         given[words[0][2:]] = words[1]

@@ -8,10 +8,9 @@ import time
 
 import machine
 import network
-from umqtt.simple import MQTTClient
-
 from telemetry import FolderStore, Telemetry
 from telemetry.umqtt_link import UmqttLink
+from umqtt.simple import MQTTClient
 
 WIFI = ("my-network", "its-password")
 BROKER = "192.168.1.10"

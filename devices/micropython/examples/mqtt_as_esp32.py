@@ -6,7 +6,6 @@ Copy it to the board as main.py, and mqtt_as and this library beside it.
 import asyncio
 
 from mqtt_as import MQTTClient, config
-
 from telemetry import FolderStore, Telemetry
 from telemetry.mqtt_as_link import MqttAsLink
 

@@ -30,8 +30,7 @@ def timestamp_text(unix_ms: int) -> str | None:
     """Return a moment in ISO 8601, or None if the clock that gave it was not set."""
     seconds = unix_ms // 1000
     if not (
-        PLAUSIBLE[0][0] <= seconds < PLAUSIBLE[0][1]
-        or PLAUSIBLE[1][0] <= seconds < PLAUSIBLE[1][1]
+        PLAUSIBLE[0][0] <= seconds < PLAUSIBLE[0][1] or PLAUSIBLE[1][0] <= seconds < PLAUSIBLE[1][1]
     ):
         return None
     # By hand: gmtime() begins in 1970 or 2000 and ends in 2038 or later, as the board has it.

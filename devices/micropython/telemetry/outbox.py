@@ -14,11 +14,15 @@ import os
 from binascii import crc32
 from collections import OrderedDict
 from json import loads
-from time import gmtime, ticks_add, ticks_diff, ticks_ms, ticks_us, time_ns
+from time import gmtime, ticks_add, ticks_diff, ticks_ms, ticks_us, time_ns  # type: ignore
 
 from telemetry.ack import answers
 from telemetry.event import event_bytes, event_id_of, is_device_id
 from telemetry.store import FolderStore
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # MicroPython has no such modules
+    from collections.abc import Callable
 
 ANSWER_BYTES = 200  # of one event in an ACK, beyond the event id and the device id
 BATCH_MAX = 32
@@ -86,8 +90,8 @@ class Telemetry:
         refuse_newest: bool = False,
         receive_bytes_max: int = 2_048,
         send_bytes_max: int = 2_048,
-        clock=unix_ms_now,  # type: ignore[no-untyped-def]
-        ticks=ticks_ms,  # type: ignore[no-untyped-def]
+        clock: Callable[[], int] = unix_ms_now,
+        ticks: Callable[[], int] = ticks_ms,
         topic_root: str = "qs/v1",
     ) -> None:
         if not is_device_id(device_id):
@@ -121,10 +125,10 @@ class Telemetry:
         self._next_save: int | None = None
         self._ticks = ticks
         self._clock = clock
-        self.on_stored = self._ignore
-        self.on_rejected = self._ignore
-        self.on_kept = self._ignore
-        self.on_dropped = self._ignore
+        self.on_stored: Callable[[str], object] = self._ignore
+        self.on_rejected: Callable[[str, str], object] = self._ignore
+        self.on_kept: Callable[[str], object] = self._ignore
+        self.on_dropped: Callable[[str], object] = self._ignore
 
     def _ignore(self, event_id: str, reason: str = "") -> None:
         pass
@@ -171,7 +175,7 @@ class Telemetry:
         self._bytes += len(data)
         return event_id
 
-    def loop(self, publish) -> None:  # type: ignore[no-untyped-def]
+    def loop(self, publish: Callable[[str, bytes], bool]) -> None:
         """Do what is due: write to the flash, send. Call it often; it does not wait.
 
         `publish(topic, payload)` hands a message to the MQTT client, and returns whether it
@@ -304,10 +308,10 @@ class Telemetry:
         if self._store is None:
             return False
         if self._next_save is not None:  # the flash refused before
-            return ticks_diff(now, self._next_save) >= 0
+            return bool(ticks_diff(now, self._next_save) >= 0)
         for item in self._sent:
             if not item.segment:
-                return ticks_diff(now, item.added_ms) >= self._hold_ms
+                return bool(ticks_diff(now, item.added_ms) >= self._hold_ms)
         return bool(self._queue) and ticks_diff(now, self._queue[0].added_ms) >= self._hold_ms
 
     def _fill(self) -> None:
@@ -342,7 +346,7 @@ class Telemetry:
             batch.append(item.data)
         return batch
 
-    def _send(self, publish, now: int) -> None:  # type: ignore[no-untyped-def]
+    def _send(self, publish: Callable[[str, bytes], bool], now: int) -> None:
         self._fill()
         if not self._sent:
             return

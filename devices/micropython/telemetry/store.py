@@ -170,9 +170,7 @@ class FolderStore:
                     return found
         return []
 
-    def _read_on(
-        self, segment: Segment, count_max: int, bytes_max: int
-    ) -> list[tuple[int, bytes]]:
+    def _read_on(self, segment: Segment, count_max: int, bytes_max: int) -> list[tuple[int, bytes]]:
         found: list[tuple[int, bytes]] = []
         try:
             with open(self._path(segment.number), "rb") as file:

@@ -58,8 +58,12 @@ class Wire:
     def ack(self):
         events = json.loads(self.payload)
         found = [
-            {"schema": 1, "event_id": event["event_id"], "device_id": "esp32-01",
-             "status": "stored"}
+            {
+                "schema": 1,
+                "event_id": event["event_id"],
+                "device_id": "esp32-01",
+                "status": "stored",
+            }
             for event in (events if isinstance(events, list) else [events])
         ]
         return json.dumps(found).encode()

@@ -64,8 +64,13 @@ class World:
     def boot(self):
         store = FolderStore("/flash/outbox", STORE_BYTES)
         device = Telemetry(
-            "dev-1", store, 1000, 4096, self.refuse_newest,
-            clock=lambda: 1770681600000, ticks=lambda: self.now,
+            "dev-1",
+            store,
+            1000,
+            4096,
+            self.refuse_newest,
+            clock=lambda: 1770681600000,
+            ticks=lambda: self.now,
         )
         device.on_kept = self.kept.add
         device.on_dropped = self.dropped.add
@@ -165,9 +170,12 @@ def once(empty, refuse_newest=False, **trouble):
 
 def every_operation(empty, refuse_newest, torn, refused):
     count, world = once(empty, refuse_newest)
-    assert world.dropped and len(world.server.stored) > 10
-    print("a life of %d operations, %d events, %d dropped, the %s" % (
-        count, len(world.added), len(world.dropped), "newest" if refuse_newest else "oldest"))
+    assert world.dropped
+    assert len(world.server.stored) > 10
+    print(
+        "a life of %d operations, %d events, %d dropped, the %s"
+        % (count, len(world.added), len(world.dropped), "newest" if refuse_newest else "oldest")
+    )
     troubles = [{"cut_at": k, "torn": part} for part in torn for k in range(1, count + 1)]
     troubles += [{"refuses": range(k, k + n)} for n in refused for k in range(1, count + 1)]
     for trouble in troubles:

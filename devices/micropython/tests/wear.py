@@ -47,8 +47,12 @@ class Device:
     def answer(self):
         events = json.loads(self.payload)
         for event in events if isinstance(events, list) else [events]:
-            ack = {"schema": 1, "event_id": event["event_id"], "device_id": "esp32-01",
-                   "status": "stored"}
+            ack = {
+                "schema": 1,
+                "event_id": event["event_id"],
+                "device_id": "esp32-01",
+                "status": "stored",
+            }
             self.outbox.on_message(self.outbox.acks_topic, json.dumps(ack).encode())
 
     def count(self, name, action, count, erases_max):
@@ -80,7 +84,8 @@ def outage(device, at_once):
         if number % at_once == at_once - 1:
             device.now += device.hold_ms
             device.loop()
-    assert device.outbox.kept() == EVENTS and not device.outbox.dropped()
+    assert device.outbox.kept() == EVENTS
+    assert not device.outbox.dropped()
 
 
 def main():
@@ -91,7 +96,8 @@ def main():
     for at_once in (1, 2, 10):
         device = Device(30_000)
         name = "no network, %d at each write, each event" % at_once
-        device.count(name, lambda: outage(device, at_once), EVENTS, 1.2 / at_once + 0.1)
+        erases_max = 1.2 / at_once + 0.1
+        device.count(name, lambda: outage(device, at_once), EVENTS, erases_max)  # noqa: B023
     device = Device(0)
     device.count("each boot", lambda: [device.boot() for _ in range(100)], 100, 0.5)
 
