@@ -31,8 +31,7 @@ def main():
     machine.WDT(timeout=AWAKE_MS_MAX + 15_000)  # if umqtt.simple waits for ever
     begun = time.ticks_ms()
     while telemetry.waiting() and time.ticks_diff(time.ticks_ms(), begun) < AWAKE_MS_MAX:
-        if wifi.isconnected():
-            link.loop()
+        link.loop()
         time.sleep_ms(20)
     link.close()
     telemetry.save()

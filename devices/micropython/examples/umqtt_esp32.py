@@ -38,13 +38,9 @@ def main():
         if time.ticks_diff(time.ticks_ms(), next_reading) >= 0:
             next_reading = time.ticks_add(next_reading, 30_000)
             telemetry.add("temperature", read_temperature(), "C")
-        if wifi.isconnected():
-            if not clock_is_set:
-                clock_is_set = set_clock()
-            link.loop()
-        else:
-            telemetry.disconnected()
-            telemetry.loop(lambda topic, payload: False)  # it keeps what waits too long
+        if wifi.isconnected() and not clock_is_set:
+            clock_is_set = set_clock()
+        link.loop()  # without Wi-Fi too: it keeps what waits too long
         time.sleep_ms(20)
 
 

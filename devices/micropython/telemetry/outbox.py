@@ -123,6 +123,8 @@ class Telemetry:
         self._silent = 0  # how often it was sent without an answer
         self._next_send = 0  # when what is in flight is sent again
         self._next_save: int | None = None
+        self._doubted = 0  # at how many silent sends a new connection was asked for
+        self._is_reconnect_wanted = False
         self._ticks = ticks
         self._clock = clock
         self.on_stored: Callable[[str], object] = self._ignore
@@ -188,8 +190,14 @@ class Telemetry:
             return
         if self._answered and self._lost:
             self._tell_lost()
-        if not self._in_flight or ticks_diff(now, self._next_send) >= 0:
-            self._send(publish, now)
+        if self._in_flight:
+            if ticks_diff(now, self._next_send) < 0:
+                return
+            if self._silent % SILENT_MAX == 0 and self._doubted != self._silent:
+                self._doubted = self._silent
+                self._is_reconnect_wanted = True
+                return
+        self._send(publish, now)
 
     def save(self) -> bool:
         """Write to the flash what is in memory alone; tell whether everything is safe now."""
@@ -265,10 +273,8 @@ class Telemetry:
 
     def reconnect_wanted(self) -> bool:
         """Tell whether the connection seems dead, as nothing is answered. Asks once."""
-        if self._connected and self._silent and self._silent % SILENT_MAX == 0:
-            self._silent += 1
-            return True
-        return False
+        is_wanted, self._is_reconnect_wanted = self._is_reconnect_wanted, False
+        return is_wanted
 
     def on_message(self, topic: str, payload: bytes) -> bool:
         """Take a message; return whether it was for the outbox."""
@@ -299,7 +305,7 @@ class Telemetry:
             return  # a callback made room
         self._take(item)
         self._answered = True
-        self._silent = 0
+        self._silent = self._doubted = 0
         self._batch = BATCH_MAX
         if item.segment and self._store is not None:
             self._store.answered(item.segment)
@@ -378,14 +384,14 @@ class Telemetry:
 
     def _drop_segment(self, store: FolderStore) -> None:
         """Give up the oldest events on the flash."""
-        number, records = store.oldest()
+        number, records, read_count = store.oldest()
+        waiting = []
         for item in self._sent[:]:
             if item.segment == number:
                 self._take(item)
-        for data in records:
-            event_id = event_id_of(data)
-            if event_id is not None:
-                self._drop(event_id, data)
+                waiting.append(item.data)
+        for data in waiting + records[read_count:]:  # what was read and has gone is answered
+            self._drop(event_id_of(data) or "", data)
         store.drop(number, self._told + self._lost)
 
     def _drop(self, event_id: str, data: bytes) -> None:

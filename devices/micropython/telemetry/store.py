@@ -165,30 +165,34 @@ class FolderStore:
             if segment.number > self._at:
                 self._at, self._offset = segment.number, 0
             if self._offset < segment.size:
-                found = self._read_on(segment, count_max, bytes_max)
+                found, self._offset = self._read_from(
+                    segment, self._offset, segment.size, count_max, bytes_max
+                )
                 if found:
-                    return found
+                    return [(segment.number, record) for record in found]
+                self._offset = segment.size  # unreadable now: the next boot looks at it again
         return []
 
-    def _read_on(self, segment: Segment, count_max: int, bytes_max: int) -> list[tuple[int, bytes]]:
-        found: list[tuple[int, bytes]] = []
+    def _read_from(
+        self, segment: Segment, offset: int, end: int, count_max: int, bytes_max: int
+    ) -> tuple[list[bytes], int]:
+        """Return records from `offset` on, and where the next one is."""
+        found: list[bytes] = []
         try:
             with open(self._path(segment.number), "rb") as file:
-                file.seek(self._offset)
-                while self._offset < segment.size and len(found) < count_max:
+                file.seek(offset)
+                while offset < end and len(found) < count_max:
                     line = file.readline(LINE_BYTES_MAX)
                     bytes_max -= len(line)
                     if not line or (found and bytes_max < 0):
                         break
-                    self._offset += len(line)
+                    offset += len(line)
                     record = _record(line)
                     if record is not None:
-                        found.append((segment.number, record))
+                        found.append(record)
         except OSError:
             self.errors += 1
-        if not found:  # it cannot be read now; the next boot looks at it again
-            self._offset = segment.size
-        return found
+        return found, offset
 
     # --- what changes it ----------------------------------------------------------------
 
@@ -240,14 +244,15 @@ class FolderStore:
                     self._remove(segment)
                 return
 
-    def oldest(self) -> tuple[int, list[bytes]]:
-        """Return the number of the oldest segment, and the records in it."""
+    def oldest(self) -> tuple[int, list[bytes], int]:
+        """Return the oldest segment's number, its records, and how many of them were read."""
         segment = self._segments[0]
-        at, offset = self._at, self._offset
-        self._offset = 0
-        records = [record for _, record in self._read_on(segment, SEGMENT_BYTES, SEGMENT_BYTES * 2)]
-        self._at, self._offset = at, offset
-        return segment.number, records
+        end = segment.size if segment.number < self._at else 0
+        if segment.number == self._at:
+            end = self._offset
+        read, _ = self._read_from(segment, 0, end, SEGMENT_BYTES, SEGMENT_BYTES * 2)
+        rest, _ = self._read_from(segment, end, segment.size, SEGMENT_BYTES, SEGMENT_BYTES * 2)
+        return segment.number, read + rest, len(read)
 
     def drop(self, number: int, lost: list[tuple[str, int, int, int]]) -> None:
         """Give the oldest segment up, once it is noted on the flash that its events are lost."""
