@@ -14,15 +14,18 @@ import random
 import re
 import shutil
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.pipeline import Pipeline, wait_until
-from tools.process import Process, clean_environment
-from tools.stack import Stack
+from tests.certificates import Authority
+from tests.pipeline import Database, Pipeline, wait_until
+from tests.proxy import Proxy
+from tools.process import Process, clean_environment, free_port, run
+from tools.stack import Mosquitto, Stack
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 LANGUAGES = {
@@ -47,13 +50,11 @@ class Program(Process):
         super().__init__(language, folder / f"{language}.log")
         self.store = folder / f"{language}-store"
         self.device_id = f"{language}-1"
+        self.options: dict[str, object] = {"host": "127.0.0.1", "port": pipeline.mosquitto.port}
         self._command = LANGUAGES[language]
-        self._pipeline = pipeline
 
     def start(self, count: int, interval_ms: int = 10, hold_ms: int = 0) -> None:
-        options = {
-            "host": "127.0.0.1",
-            "port": self._pipeline.mosquitto.port,
+        options = self.options | {
             "device": self.device_id,
             "store": self.store,
             "count": count,
@@ -203,6 +204,20 @@ def test_through_restarts_of_the_database_nothing_is_lost(
     check(program, running)
 
 
+def test_a_connection_that_the_network_forgets_is_given_up(
+    running: Pipeline, program: Program
+) -> None:
+    with Proxy(running.mosquitto.port) as proxy:
+        program.options["port"] = proxy.port
+        program.start(ENDLESS, interval_ms=50, hold_ms=NEVER_KEPT_MS)
+        program.wait_for("stored", 20)
+        proxy.forget()  # neither side is told
+        stored = len(program.said("stored"))
+        program.wait_for("stored", stored + 100)
+        program.finish()
+    check(program, running)
+
+
 @pytest.mark.parametrize("hold_ms", [0, 100])
 def test_through_kills_of_its_own_nothing_is_lost_that_was_kept(
     running: Pipeline, program: Program, hold_ms: int
@@ -311,3 +326,69 @@ def test_a_damaged_store_costs_no_more_than_what_is_damaged(
     rows = {row[0] for row in running.database.query("SELECT event_id FROM events")}
     assert set(stored) <= rows <= set(kept)
     assert running.database.count("dead_letters") == 0
+
+
+@pytest.fixture
+def encrypted(
+    servers: Stack, database: Database, tmp_path: Path
+) -> Iterator[tuple[Pipeline, dict[str, object]]]:
+    """A pipeline whose broker has TLS and passwords, and the options that it takes."""
+    folder = Path(tempfile.mkdtemp(dir=servers.folder))  # where the broker's user may read
+    folder.chmod(0o755)
+    authority = Authority(tmp_path / "ca")
+    certificate = authority.issue("broker")
+    for path in (authority.cert, *certificate):
+        shutil.copy(path, folder / path.name)
+    secret = tmp_path / "secret"
+    secret.write_text("s3cret\n")
+    command = ["mosquitto_passwd", "-c", "-b", str(folder / "passwords"), "board", "s3cret"]
+    run(command, clean_environment())
+    port = free_port()
+    lines = [
+        *(f"listener {port} 127.0.0.1", "socket_domain ipv4", f"cafile {folder}/ca.crt"),
+        *(f"certfile {folder}/broker.crt", f"keyfile {folder}/broker.key"),
+        f"password_file {folder}/passwords",
+    ]
+    mosquitto = Mosquitto(folder, free_port(), free_port(), "\n".join(lines))
+    mosquitto.start()
+    try:
+        mosquitto.wait_ready()
+        pipeline = Pipeline(mosquitto, database, folder)
+        pipeline.ingester.start()
+        pipeline.ingester.wait_ready()
+        options = {"host": "localhost", "port": port, "username": "board"}
+        yield pipeline, options | {"password-file": secret, "cafile": authority.cert}
+        pipeline.close()
+    finally:
+        mosquitto.stop()
+
+
+def test_it_takes_tls_and_a_password(
+    language: str, encrypted: tuple[Pipeline, dict[str, object]], tmp_path: Path
+) -> None:
+    pipeline, options = encrypted
+    program = Program(language, pipeline, tmp_path)
+    program.options = options
+    program.start(200)
+    program.wait_for("stored", 30)
+    pipeline.mosquitto.stop()
+    pipeline.mosquitto.start()
+    pipeline.mosquitto.wait_ready()
+    program.wait_done()
+    check(program, pipeline)
+    assert len(set(program.said("stored"))) == 200
+
+
+def test_it_gives_nothing_to_a_broker_whose_certificate_is_not_the_right_one(
+    language: str, encrypted: tuple[Pipeline, dict[str, object]], tmp_path: Path
+) -> None:
+    pipeline, options = encrypted
+    other = Authority(tmp_path / "other")
+    program = Program(language, pipeline, tmp_path)
+    program.options = options | {"cafile": other.cert}
+    program.start(20, interval_ms=1)
+    pipeline.mosquitto.wait_for_log("OpenSSL Error", 30)
+    assert program.stop() == 0
+    assert program.said("stored") == []
+    assert pipeline.database.count() == 0
+    assert program.said("kept")

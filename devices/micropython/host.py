@@ -89,6 +89,7 @@ def client_for(given: dict[str, str], client_id: str) -> MQTTClient:
     if given["cafile"]:
         import ssl
 
+        sys.modules["ussl"] = ssl  # as umqtt.simple 1.3 calls it
         tls = {"cert_reqs": ssl.CERT_REQUIRED, "cadata": der(given["cafile"])}
         tls["server_hostname"] = given["host"]
     return MQTTClient(
