@@ -31,15 +31,14 @@ def main():
     link = UmqttLink(telemetry, MQTTClient(telemetry.client_id, BROKER, keepalive=30))
 
     watchdog = WDT(timeout=60_000)  # umqtt.simple may wait for ever while it connects
-    next_reading = time.ticks_ms()
-    clock_is_set = False
+    next_reading = next_clock = time.ticks_ms()
     while True:
         watchdog.feed()
         if time.ticks_diff(time.ticks_ms(), next_reading) >= 0:
             next_reading = time.ticks_add(next_reading, 30_000)
             telemetry.add("temperature", read_temperature(), "C")
-        if wifi.isconnected() and not clock_is_set:
-            clock_is_set = set_clock()
+        if wifi.isconnected() and time.ticks_diff(time.ticks_ms(), next_clock) >= 0:
+            next_clock = time.ticks_add(time.ticks_ms(), 3_600_000 if set_clock() else 60_000)
         link.loop()  # without Wi-Fi too: it keeps what waits too long
         time.sleep_ms(20)
 

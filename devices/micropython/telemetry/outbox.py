@@ -14,7 +14,7 @@ import os
 from binascii import crc32
 from collections import OrderedDict
 from json import loads
-from time import gmtime, ticks_add, ticks_diff, ticks_ms, ticks_us, time_ns  # type: ignore
+from time import gmtime, ticks_add, ticks_diff, ticks_ms, ticks_us, time  # type: ignore
 
 from telemetry.ack import answers
 from telemetry.event import event_bytes, event_id_of, is_device_id
@@ -33,14 +33,12 @@ SILENT_MAX = 3  # sent so often without an answer, a connection is not trusted a
 SAVE_AGAIN_MS = 10_000  # after the flash refused
 RUNS_MAX = 8  # of lost events, that are remembered until they are told
 NOTE_BYTES = 400  # an event that tells of one such run has less
-
-
 EPOCH_MS = 946_684_800_000 if gmtime(0)[0] == 2000 else 0  # some boards count from 2000
 
 
 def unix_ms_now() -> int:
-    """Return the milliseconds since 1970 by the device's clock."""
-    return time_ns() // 1_000_000 + EPOCH_MS
+    """Return the milliseconds since 1970 by the device's clock; boards count seconds."""
+    return int(time() * 1000) + EPOCH_MS
 
 
 class Waiting:
