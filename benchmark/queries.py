@@ -1,8 +1,8 @@
-"""The database with many rows, and the queries that the README shows.
+"""The database with many rows, and the queries that docs/queries.md shows.
 
-What it does: fills the table of events, and takes the time that each of the README's queries
+What it does: fills the table of events, and takes the time that each of the documented queries
 needs, psql's own start included. What it does not: know the queries; it reads them there, so
-one that the README shows tomorrow is measured too.
+one that the page shows tomorrow is measured too.
 
 Invariant: the rows look like a year of readings, of 1,000 devices in equal shares, so that
 the planner's estimates and the sizes of the indexes are those of real use.
@@ -28,7 +28,7 @@ LOAD = """
 """
 ROWS_MAX = 10_000_000
 CHUNK_ROWS = 500_000
-_README_QUERY = re.compile(r'(?m)^docker compose exec postgres psql .* -c "(SELECT .+)"$')
+_DOCUMENTED_QUERY = re.compile(r'(?m)^docker compose exec postgres psql .* -c "(SELECT .+)"$')
 
 
 def load_up_to(postgres: Postgres, rows: int) -> None:
@@ -50,13 +50,13 @@ def remove_all_others(postgres: Postgres) -> None:
 
 
 def measure(postgres: Postgres, rounds: int) -> dict[str, float]:
-    """Return the median time of each query of the README, in milliseconds."""
-    readme = (CHECKOUT / "README.md").read_text()
-    return {sql: _milliseconds(postgres, sql, rounds) for sql in _README_QUERY.findall(readme)}
+    """Return the median time of each query of docs/queries.md, in milliseconds."""
+    page = (CHECKOUT / "docs/queries.md").read_text()
+    return {sql: _milliseconds(postgres, sql, rounds) for sql in _DOCUMENTED_QUERY.findall(page)}
 
 
 def _milliseconds(postgres: Postgres, sql: str, rounds: int) -> float:
-    # What the README's examples ask for is a device that nothing was loaded for.
+    # What the examples ask for is a device that nothing was loaded for.
     sql = sql.replace("test-device", "device-7")
     times = []
     for _ in range(rounds):

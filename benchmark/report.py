@@ -119,7 +119,7 @@ def render(name: str, results: dict[str, Any]) -> str:
                 )
             ],
         ),
-        "## The README's queries, with the most rows",
+        "## The documented queries, with the most rows",
         _table(["query", "ms"], [[f"`{sql}`", f"{ms:.0f}"] for sql, ms in queries.items()]),
         "## Where the ingester's time goes",
     ]

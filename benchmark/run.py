@@ -258,7 +258,7 @@ def drain(rounds: int) -> list[Any]:
 
 
 def with_rows(size: Size) -> dict[str, Any]:
-    """Measure the ingester with so many rows in the table already, and the README's queries."""
+    """Measure the ingester with so many rows in the table already, and the documented queries."""
     results: dict[str, Any] = {}
     with Stack() as stack, Fleet(stack.ports.mqtt) as fleet:
         for rows in ROWS_BEFORE:

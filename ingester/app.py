@@ -5,7 +5,7 @@ of the database, and lets old rows be deleted in between. What it does not: know
 the event contract.
 
 Invariant: a batch is settled only after ingest() has returned for it. Whatever else
-happens it stays in hand, and stays with the broker, to be tried again.
+happens it stays unsettled, and stays with the broker, to be tried again.
 
 Exit codes: 0 after SIGTERM or SIGINT, 2 for wrong settings, 1 with a traceback for a bug. A
 loop that hangs is ended by SIGALRM, with a traceback of where it hung.
@@ -24,7 +24,8 @@ from typing import Any
 
 from dotenv import load_dotenv
 
-from ingester.broker import Broker, UnknownPaho
+from ingester.broker import Broker
+from ingester.client import UnknownPaho
 from ingester.connection import LOOK_SECONDS, StoreUnavailable
 from ingester.decoder import Decoder
 from ingester.ingest import ingest
@@ -41,7 +42,7 @@ PING_SECONDS = 10.0
 # A message that waits longer than this to be settled is a sign that nothing moves. The 20 s
 # that the healthcheck allows the heartbeat to be old come on top.
 PENDING_SECONDS_MAX = 10.0
-# From a signal on, the batch in hand may still take this long; the whole stop 5 s.
+# From a signal on, the batch under way may still take this long; the whole stop 5 s.
 FINISH_SECONDS = 3.0
 # Longer than anything that does not come back to the loop may take: by then the broker has cut
 # the session, so that nothing is lost with the process.
@@ -69,7 +70,7 @@ class Daemon:
         self._answered_at = 0.0
 
     def stop(self, _signal: int, _frame: FrameType | None) -> None:
-        """Let the loop end after the batch in hand; a signal handler."""
+        """Let the loop end after the batch under way; a signal handler."""
         self._stopping = True
         self._store.give_up_at(time.monotonic() + FINISH_SECONDS)
 
@@ -80,13 +81,13 @@ class Daemon:
 
     def serve(self) -> None:
         """Serve the broker while the database works; see connection.Session."""
-        still_alive()
+        restart_watchdog()
         self._broker.serve()
 
     def run(self) -> None:
         """Move batches until stop(), then disconnect."""
         while not self._stopping:
-            still_alive()
+            restart_watchdog()
             if pause_seconds := self._database.pause_seconds():
                 self._broker.wait(min(pause_seconds, TURN_SECONDS))
             else:
@@ -116,7 +117,7 @@ class Daemon:
         elif began_at - self._answered_at > PING_SECONDS:
             self._store.ping()
             self._answered_at = began_at
-        self._database.over()
+        self._database.recovered()
 
     def _decode_ahead(self) -> None:
         """Decode what comes next, until the database has answered."""
@@ -127,16 +128,16 @@ class Daemon:
     def _report(self) -> None:
         """Tell log, healthcheck and status topic how it is, as far as it is time to."""
         broker = self._broker
-        waiting = self._database.lasts or not self._store.connected
+        waiting = self._database.is_ongoing or not self._store.connected
         state = State.WAITING_FOR_DATABASE if waiting else State.ONLINE
-        pending = broker.oldest_in_hand_seconds > PENDING_SECONDS_MAX
-        self._progress.turn(state, well=broker.connected and not waiting and not pending)
+        pending = broker.oldest_unsettled_seconds > PENDING_SECONDS_MAX
+        self._progress.update(state, healthy=broker.connected and not waiting and not pending)
         if not broker.connected:
             return
         status = self._progress.status(
             broker.connection,
-            in_hand=broker.in_hand,
-            oldest_in_hand_seconds=round(broker.oldest_in_hand_seconds, 1),
+            in_hand=broker.unsettled,
+            oldest_in_hand_seconds=round(broker.oldest_unsettled_seconds, 1),
             database_round_trip_ms=round(self._store.round_trip_seconds * 1000, 1),
             broker_dropped=broker.dropped,
         )
@@ -146,7 +147,7 @@ class Daemon:
 
 def main() -> int:
     """Run the daemon until a signal; return the exit code."""
-    load_dotenv(".env")
+    load_dotenv(".env", interpolate=False)
     try:
         settings = Settings.from_env(os.environ)
     except SettingsError as error:
@@ -169,7 +170,7 @@ def main() -> int:
     return 0
 
 
-def still_alive() -> None:
+def restart_watchdog() -> None:
     """Put off the alarm that ends a process whose loop hangs."""
     signal.setitimer(signal.ITIMER_REAL, HANG_SECONDS_MAX)
 

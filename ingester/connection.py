@@ -12,21 +12,21 @@ what it has done is closed.
 import logging
 import re
 import select
-import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from enum import Enum
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import psycopg2
 from psycopg2 import extensions
 
+from ingester.addresses import addresses, where
+from ingester.pins import FIND_SETTINGS, PINS, SET_CONFIG, pin, set_local
+from ingester.sqlstate import Fault, fault_of
+
 log = logging.getLogger(__name__)
 
 # A frozen server answers nothing, and neither keepalives nor tcp_user_timeout notice it.
 ANSWER_SECONDS_MAX = 10.0
-# The server gives a statement up before we give the server up, so that it can say so.
-STATEMENT_SECONDS_MAX = 9.0
 # For the only address there is, and for each of several: one that is silent must not keep us
 # from the next for long.
 CONNECT_SECONDS_MAX = 5.0
@@ -35,27 +35,6 @@ CONNECT_SECONDS_EACH = 2.0
 SERVE_SECONDS = 1.0
 # A signal moves the deadline of a wait that is under way; it is looked at this often.
 LOOK_SECONDS = 0.25
-
-# What the database or the role may have set otherwise, and correctness depends on: how values
-# are read and written, how durable a commit is, and that no timeout but ours ends a statement.
-# Pinned once connected, since a connection option would override the user's PGOPTIONS. Not
-# standard_conforming_strings: psycopg2 quotes by what it was when it connected.
-PINS = {
-    "TimeZone": "UTC",  # keeps the year 1 the year 1
-    "DateStyle": "ISO, YMD",
-    "IntervalStyle": "postgres",
-    "bytea_output": "hex",
-    "extra_float_digits": "1",  # the shortest text that gives the same double
-    "synchronous_commit": "on",  # or what is stricter; the promise rests on it
-    "default_transaction_isolation": "read committed",  # a row committed meanwhile is seen
-    "search_path": "public",  # behind the owner's own
-    "statement_timeout": f"{STATEMENT_SECONDS_MAX * 1000:.0f}",
-    "lock_timeout": "0",
-    "transaction_timeout": "0",
-    "idle_in_transaction_session_timeout": "0",
-    "idle_session_timeout": "0",
-    "exit_on_error": "off",  # a refused event must not cost the connection
-}
 
 
 class Session(Protocol):
@@ -89,47 +68,10 @@ class StatementTimeout(StoreUnavailable):
     """The server has given the statement up: it took too long, or was canceled."""
 
 
-class Fault(Enum):
-    """Whose fault a database error is, and so what is to be done."""
-
-    CONNECTION = "reconnect, then try again"
-    PASSING = "try again later"
-    EVENT = "this event will never be stored"
-    OPERATOR = "reconnect, and try again until somebody has repaired the database"
-
-
-# SQLSTATE, or its first two or three characters, to fault: PostgreSQL's documentation,
-# appendix A. Never the exception's class: OperationalError alone means four things.
-FAULTS = {
-    "08": Fault.CONNECTION,  # connection exception
-    "57P": Fault.CONNECTION,  # shutdown, crash, starting up, database dropped
-    # Read-only transaction: a session that began so stays so when the database no longer is.
-    "25006": Fault.CONNECTION,
-    "40": Fault.PASSING,  # serialization failure, deadlock
-    "53": Fault.PASSING,  # disk full, out of memory, too many connections
-    "55P03": Fault.PASSING,  # lock not available
-    "57014": Fault.PASSING,  # query canceled: statement_timeout
-    "58": Fault.PASSING,  # system error: I/O
-    "22": Fault.EVENT,  # data exception
-    "23": Fault.EVENT,  # integrity constraint violation
-    "44": Fault.EVENT,  # a view's WITH CHECK OPTION
-    "54": Fault.EVENT,  # program limit exceeded: too big, too deep
-    "P0001": Fault.EVENT,  # RAISE EXCEPTION in a trigger of the owner's
-}
 # Where it wanted to connect to, which we say by ourselves for each address.
 _LIBPQ_PREFIX = re.compile("(connection to server .* failed: )?(FATAL: +)?")
 # The statement was prepared in another server session: something in between deals them out.
 _LOST_STATEMENT = ("26000", "42P05")
-
-
-def fault_of(sqlstate: str | None) -> Fault:
-    """Return whose fault an error with this SQLSTATE is; None means no answer came."""
-    if sqlstate is None:
-        return Fault.CONNECTION
-    for length in (5, 3, 2):
-        if fault := FAULTS.get(sqlstate[:length]):
-            return fault
-    return Fault.OPERATOR
 
 
 class Connection:
@@ -183,9 +125,9 @@ class Connection:
         if self.connected:
             return
         problems: list[str] = []
-        addresses = list(_addresses(self._parameters, problems))
-        seconds_max = CONNECT_SECONDS_MAX if len(addresses) == 1 else CONNECT_SECONDS_EACH
-        for address in addresses:
+        servers = list(addresses(self._parameters, problems))
+        seconds_max = CONNECT_SECONDS_MAX if len(servers) == 1 else CONNECT_SECONDS_EACH
+        for address in servers:
             try:
                 self._open(address, seconds_max)
                 self._set_up()
@@ -205,6 +147,15 @@ class Connection:
             self._connection.close()
             self._connection = self._cursor = None
             self._state = extensions.POLL_OK
+
+    def roll_back(self) -> None:
+        """End the transaction that is open, if one is, as if it had not begun."""
+        if self.in_transaction:
+            self.close()
+
+    def ping(self) -> None:
+        """Ask for an answer, whatever it is."""
+        self.run("SELECT")
 
     def give_up_at(self, moment: float) -> None:
         """Let no wait last beyond this moment of the monotonic clock, even one under way."""
@@ -359,68 +310,15 @@ class Connection:
                 f"the database {database} has the encoding {encoding}, which cannot hold every"
                 " event: make it anew with ENCODING 'UTF8' TEMPLATE template0"
             )
-        settings = self.run(
-            "SELECT name, setting, reset_val FROM pg_settings WHERE name = ANY(%s)", (list(PINS),)
-        )
-        pins = {name: _pin(name, setting, reset) for name, setting, reset in settings}
+        settings = self.run(FIND_SETTINGS, (list(PINS),))
+        pins = {name: pin(name, setting, reset) for name, setting, reset in settings}
         # A pooler answers for many sessions, and gives the client a number of its own.
         if self._is_pooled or pid != self._connection.info.backend_pid:
-            self._local_pins = "".join(
-                f"SET LOCAL {name} TO {value}; " for name, value in _quoted(pins).items()
-            )
+            self._local_pins = set_local(pins)
             return
-        names, values = list(pins), list(pins.values())
-        self.run(
-            "SELECT set_config(name, value, false)"
-            " FROM unnest(%s::text[], %s::text[]) AS pins (name, value)",
-            (names, values),
-        )
+        self.run(SET_CONFIG, (list(pins), list(pins.values())))
         for name, statement in self._prepared.items():
             self.run(f"PREPARE {name} AS {statement}")
-
-
-def _pin(name: str, setting: str, reset: str) -> str:
-    """Return what to set, knowing what is set, and what would be without this session."""
-    if name == "synchronous_commit" and "remote_apply" in (setting, reset):
-        return "remote_apply"
-    if name == "search_path":
-        schemas = reset.split(", ") if reset else []
-        return reset if PINS[name] in schemas else ", ".join([*schemas, PINS[name]])
-    return PINS[name]
-
-
-def _quoted(pins: Mapping[str, str]) -> dict[str, str]:
-    # search_path is a list of identifiers, quoted already where they need to be.
-    return {name: value if name == "search_path" else f"'{value}'" for name, value in pins.items()}
-
-
-def _addresses(parameters: Mapping[str, Any], problems: list[str]) -> Iterator[dict[str, Any]]:
-    """Yield what to tell libpq of each address in turn, so that none costs the others.
-
-    libpq goes through its own list only with connect_timeout, which it ignores here, and it
-    says of several failures that it has not connected, but not always why.
-    """
-    if not ("host" in parameters or "hostaddr" in parameters):
-        yield {}  # a service file says it
-        return
-    # Settings has seen to it that these lists are of one length.
-    hosts = str(parameters.get("host") or parameters["hostaddr"]).split(",")
-    given = str(parameters["hostaddr"]).split(",") if parameters.get("hostaddr") else []
-    ports = str(parameters.get("port", 5432)).split(",")
-    for number, host in enumerate(hosts):
-        port = ports[number if len(ports) > 1 else 0] or "5432"
-        if given and given[number]:
-            yield {"host": host, "hostaddr": given[number], "port": port}
-        elif not host or host[0] in "/@":  # a Unix socket
-            yield {"host": host, "hostaddr": "", "port": port}
-        else:
-            try:
-                found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-            except (OSError, UnicodeError) as error:
-                problems.append(f"{host}: {getattr(error, 'strerror', None) or error}")
-                continue
-            for ip in dict.fromkeys(str(item[4][0]) for item in found):
-                yield {"host": host, "hostaddr": ip, "port": port}
 
 
 def _summary(error: Exception, address: Mapping[str, Any] | None = None) -> str:
@@ -433,12 +331,4 @@ def _summary(error: Exception, address: Mapping[str, Any] | None = None) -> str:
         text += ": it has expired, or is not signed by the CA in PGSSLROOTCERT"
     if sqlstate:
         text += f" (SQLSTATE {sqlstate})"
-    return f"{_where(address)}{_LIBPQ_PREFIX.sub('', text, count=1)}" if address else text
-
-
-def _where(address: Mapping[str, Any]) -> str:
-    host, ip, port = address["host"], address["hostaddr"], address["port"]
-    if not ip:
-        return f"{host}: "  # a Unix socket
-    place = f"[{ip}]:{port}" if ":" in ip else f"{ip}:{port}"
-    return f"{place}: " if host == ip else f"{host} ({place}): "
+    return f"{where(address)}{_LIBPQ_PREFIX.sub('', text, count=1)}" if address else text

@@ -13,8 +13,9 @@ from datetime import tzinfo
 from itertools import islice
 from typing import NamedTuple
 
-from ingester.broker import Message
-from ingester.event import Decoded, decode
+from ingester.event import Decoded
+from ingester.event import decode as decode_payload
+from ingester.message import Message
 from ingester.rejection import Reason, Rejection
 from ingester.topic import Topics
 
@@ -39,13 +40,13 @@ class Decoder:
     def __init__(self, topics: Topics, default_tz: tzinfo) -> None:
         self.topics = topics
         self._default_tz = default_tz
-        self._taken = 0
+        self._batch_size = 0
         self._last: DecodedMessage | None = None
         # Of the messages behind those taken.
         self._ahead: deque[DecodedMessage] = deque()
         self._ahead_events = 0
 
-    def take(self, messages: Sequence[Message]) -> list[DecodedMessage]:
+    def decode(self, messages: Sequence[Message]) -> list[DecodedMessage]:
         """Return what the messages hold, or the first of them if that is much."""
         batch: list[DecodedMessage] = []
         events = 0
@@ -62,16 +63,16 @@ class Decoder:
             events += len(item.decoded.results)
             if events >= EVENTS_MAX:
                 break
-        self._taken = len(batch)
+        self._batch_size = len(batch)
         return batch
 
     def decode_ahead(self, messages: Sequence[Message]) -> bool:
         """Decode some of what comes behind the messages taken; say whether there is more.
 
-        `messages` are all in hand: those that were taken last, then the others.
+        `messages` are all unsettled: those that were taken last, then the others.
         """
         new_events = 0
-        for message in islice(messages, self._taken + len(self._ahead), None):
+        for message in islice(messages, self._batch_size + len(self._ahead), None):
             if new_events >= AHEAD_EVENTS:
                 return True
             if self._ahead_events >= EVENTS_MAX:
@@ -97,5 +98,5 @@ class Decoder:
             error = "the topic is not one of MQTT_EVENTS_TOPIC"
             refused = Decoded([Rejection(Reason.DEVICE_MISMATCH, error)], False, True)
             return DecodedMessage(message, None, refused)
-        decoded = decode(device_id, message.payload, self._default_tz)
+        decoded = decode_payload(device_id, message.payload, self._default_tz)
         return DecodedMessage(message, device_id, decoded)

@@ -12,9 +12,9 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from ingester.broker import Message
 from ingester.decoder import DecodedMessage, Decoder
 from ingester.event import ARRAY_EVENTS_MAX, Event
+from ingester.message import Message
 from ingester.payload import elements
 from ingester.rejection import DeadLetter, Reason, Rejection
 from ingester.reply import Reply, ack, ack_for, dead_letter_for
@@ -64,7 +64,7 @@ def ingest(
 
     `work_meanwhile` is called while the database stores them. Raises StoreUnavailable.
     """
-    batch = decoder.take(messages)
+    batch = decoder.decode(messages)
     topics = decoder.topics
     fresh = _events(batch, retained=False)
     store.begin_insert(fresh)
@@ -85,7 +85,7 @@ def ingest(
         acks += _acks(item, rejections, topics)
         letters += _dead_letters(item, rejections)
 
-    ids = store.keep(letters)
+    ids = store.insert_dead_letters(letters)
     dead_letters = [
         dead_letter_for(topics.deadletter, letter_id, letter)
         for letter_id, letter in zip(ids, letters, strict=True)

@@ -65,12 +65,12 @@ class Progress:
         self._last_commit_at = datetime.now(UTC)
         log.debug("batch: %s in %.1f ms", _text(counts), seconds * 1000)
 
-    def turn(self, state: State, *, well: bool) -> None:
+    def update(self, state: State, *, healthy: bool) -> None:
         """Note how it is, at every turn of the loop: beat if all is well, summarise if due."""
         now = time.monotonic()
         if state is not self._state:
             self._state, self._since = state, datetime.now(UTC)
-        if well and self._heartbeat_file and now - self._beat_at >= BEAT_SECONDS:
+        if healthy and self._heartbeat_file and now - self._beat_at >= BEAT_SECONDS:
             self._beat(self._heartbeat_file)
             self._beat_at = now
         # The first event after a quiet time is seen at once, a flood every 10 s.
@@ -82,7 +82,7 @@ class Progress:
     def _beat(self, file: Path) -> None:
         try:
             file.touch()
-            self._beats.over()
+            self._beats.recovered()
         except OSError as error:  # the disk is full, say; events can be stored all the same
             self._beats.failed(f"{file}: {error.strerror}")
 

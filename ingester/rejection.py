@@ -5,7 +5,7 @@ to where it is answered. What it does not: decide; that is done by event.py (the
 and store.py (the database).
 
 Invariant: the set of reasons is closed and its codes are stable. Firmware and dashboards
-compare them, so a code is never renamed, and the README lists each one.
+compare them, so a code is never renamed, and docs/contract.md lists each one.
 """
 
 from datetime import datetime

@@ -1,6 +1,6 @@
 """A file that a variable names: a password, a private key, or a certificate.
 
-What it does: reads it once, at the start, and says what is wrong with it and how to mend
+What it does: reads it once, at the start, and says what is wrong with it and how to fix
 that. What it does not: know what it is for.
 
 Invariant: no problem that is told here holds a character of what stands in the file.

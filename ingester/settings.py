@@ -64,7 +64,7 @@ class Settings:
     def from_env(cls, env: Mapping[str, str]) -> "Settings":
         """Return the settings that `env` describes; an empty variable counts as absent.
 
-        Raises SettingsError, which names every missing or bad variable and its mend.
+        Raises SettingsError, which names every missing or bad variable and its fix.
         """
         problems: list[str] = []
         topics = Topics(
@@ -244,6 +244,7 @@ def _time_zone(env: Mapping[str, str], name: str, problems: list[str]) -> ZoneIn
         return ZoneInfo(key)
     except (KeyError, ValueError, OSError):
         problems.append(
-            f"{name}: expected an IANA time zone such as Europe/Berlin or UTC, got {key!r}"
+            f"{name}: expected an IANA time zone such as America/New_York or UTC, got {key!r}; of"
+            " an old name, such as US/Eastern, write the new one, or install tzdata-legacy"
         )
         return ZoneInfo("UTC")

@@ -4,9 +4,9 @@ What it does: stores events exactly once and says of each what became of it; kee
 letters; deletes what is old. What it does not: know psycopg2 (connection.py does), retry, wait
 between tries or know of MQTT.
 
-Invariant: what finish_insert() calls STORED or DUPLICATE is committed once keep() has
-returned, and so is what keep() gives an id to. Every method may be called again after
-StoreUnavailable and does no harm.
+Invariant: what finish_insert() calls STORED or DUPLICATE is committed once insert_dead_letters()
+has returned, and so are the dead letters that it returns an id for. Every method may be called
+again after StoreUnavailable and does no harm.
 
 Each statement commits by itself, which costs half of an explicit transaction (0.23 against
 0.45 ms for a batch of one). Between the events of a batch and its dead letters that is
@@ -61,14 +61,14 @@ _COMPARE = (
     " WHERE events.event_id = ANY(%s)"
 )
 # What comes again was refused again, so it needs somebody's attention again.
-_KEEP = (
+_UPSERT_DEAD_LETTERS = (
     f"INSERT INTO dead_letters (digest, times, last_received_at, {', '.join(DeadLetter._fields)})"
     " VALUES {rows} ON CONFLICT (digest) DO UPDATE SET"
     " times = dead_letters.times + excluded.times, error = excluded.error,"
     " last_received_at = greatest(dead_letters.last_received_at, excluded.last_received_at),"
     " replayed_at = NULL, replay_outcome = NULL RETURNING digest, id"
 )
-_KEEP_ROW = f"({', '.join(['%s'] * (3 + len(DeadLetter._fields)))})"
+_DEAD_LETTER_ROW = f"({', '.join(['%s'] * (3 + len(DeadLetter._fields)))})"
 DROPPED = "the database dropped it: neither stored nor refused, as by a trigger that returns NULL"
 
 
@@ -87,49 +87,18 @@ class Table(Enum):
     DEAD_LETTERS = ("dead_letters", "id", "last_received_at")
 
 
-class Store:
-    """The tables. Methods raise StoreUnavailable; connect() must come first."""
+class Store(Connection):
+    """The connection, and the tables behind it. Methods raise StoreUnavailable."""
 
     def __init__(self, database: Mapping[str, Any], session: Session | None = None) -> None:
         """`database` is what libpq is told; `session` is served while the database works."""
-        self._connection = Connection(database, session, _PREPARED)
+        super().__init__(database, session, _PREPARED)
         self._rows_max = ROWS_MAX
         # What begin_insert() was given, by event_id, and how many of it are on their way; and
         # of what it was given twice, which one is the first.
         self._begun: list[tuple[int, Event]] = []
         self._sent = 0
         self._repeats: dict[int, int] = {}
-
-    @property
-    def connected(self) -> bool:
-        """Whether there is a connection; only the next statement shows whether it lives."""
-        return self._connection.connected
-
-    @property
-    def round_trip_seconds(self) -> float:
-        """How long the latest statement took to be answered."""
-        return self._connection.round_trip_seconds
-
-    def connect(self) -> None:
-        """Connect if there is no connection."""
-        self._connection.connect()
-
-    def close(self) -> None:
-        """Close the connection if there is one."""
-        self._connection.close()
-
-    def roll_back(self) -> None:
-        """End the transaction that is open, if one is, as if it had not begun."""
-        if self._connection.in_transaction:
-            self._connection.close()
-
-    def give_up_at(self, moment: float) -> None:
-        """Let no wait last beyond this moment of the monotonic clock, even one under way."""
-        self._connection.give_up_at(moment)
-
-    def ping(self) -> None:
-        """Ask for an answer, whatever it is."""
-        self._connection.run("SELECT")
 
     def begin_insert(self, events: Sequence[Event]) -> None:
         """Send the events, or the first of them; finish_insert() waits for the answer."""
@@ -144,11 +113,7 @@ class Store:
         self._begun = sorted(items, key=lambda item: item[1].event_id)
         self._sent = min(len(items), self._rows_max)
         if self._sent:
-            self._send(self._begun[: self._sent])
-
-    def is_answered(self, seconds_max: float) -> bool:
-        """Wait for the answer at most so long, or until more can be read from the broker."""
-        return self._connection.is_answered(seconds_max)
+            self._send_insert(self._begun[: self._sent])
 
     def finish_insert(self) -> list[Outcome | Rejection]:
         """Return what became of each event of begin_insert(), in their order.
@@ -191,33 +156,33 @@ class Store:
         found = self._compare(list(enumerate(events)), set())
         return [found.get(number) for number in range(len(events))]
 
-    def _send(self, part: Sequence[tuple[int, Event]], before: str = "") -> None:
-        is_single = len(part) == 1 and self._connection.has_prepared
+    def _send_insert(self, part: Sequence[tuple[int, Event]], before: str = "") -> None:
+        is_single = len(part) == 1 and self.has_prepared
         sql, values = _with_rows(
             _INSERT_ONE if is_single else _INSERT, [event for _, event in part]
         )
-        self._connection.send(before + sql, values)
+        self.send(before + sql, values)
 
     def _insert(self, items: Sequence[tuple[int, Event]]) -> tuple[set[str], dict[int, Rejection]]:
         """Insert the events; return the ids inserted, and those refused by their number.
 
         One bad row fails its whole statement. Then a transaction is opened, in which each
-        statement has a savepoint, and which keep() commits with the dead letters: so what was
-        found is not lost. The number of rows is halved at each failure and doubled at each
-        success, so that few bad rows are found in few statements, and many in about as many
-        as there are rows.
+        statement has a savepoint. insert_dead_letters() commits it with the dead letters, so
+        that what was found is not lost. The number of rows is halved at each failure and doubled
+        at each success: few bad rows are found in few statements, and many in about as many as
+        there are rows.
         """
         inserted: set[str] = set()
         refused: dict[int, Rejection] = {}
         position, rows = 0, self._rows_max
-        before = "SAVEPOINT part; " if self._connection.in_transaction else ""
+        before = "SAVEPOINT part; " if self.in_transaction else ""
         while position < len(items):
             part = items[position : position + (self._sent or rows)]
             try:
                 if not self._sent:
-                    self._send(part, before)
+                    self._send_insert(part, before)
                 self._sent = 0
-                inserted.update(row[0] for row in self._connection.rows())
+                inserted.update(row[0] for row in self.rows())
             except StatementTimeout:
                 if len(part) > 1:  # otherwise it is not their number
                     self._rows_max = len(part) // 2
@@ -225,10 +190,10 @@ class Store:
             except StatementRefused as error:
                 if error.column and error.column not in Event._fields:
                     raise  # a column of the owner's, which no event can fill
-                if self._connection.in_transaction:
+                if self.in_transaction:
                     before = "ROLLBACK TO SAVEPOINT part; "
                 elif len(items) > 1:
-                    self._connection.begin()
+                    self.begin()
                     before = "SAVEPOINT part; "
                 if len(part) == 1:
                     [(number, event)] = part
@@ -238,11 +203,11 @@ class Store:
             else:
                 position += len(part)
                 rows = min(2 * len(part), self._rows_max)
-                if self._connection.in_transaction:
+                if self.in_transaction:
                     before = "RELEASE SAVEPOINT part; SAVEPOINT part; "
         if before.startswith("ROLLBACK"):
-            self._connection.run(before)
-        if self._connection.round_trip_seconds < ANSWER_SECONDS_MAX / 4:
+            self.run(before)
+        if self.round_trip_seconds < ANSWER_SECONDS_MAX / 4:
             self._rows_max = min(ROWS_MAX, 2 * self._rows_max)
         return inserted, refused
 
@@ -257,7 +222,7 @@ class Store:
             return {}
         sent = [_comparable(number, event) for number, event in items]
         ids = sorted({event.event_id for _, event in items})
-        is_same = dict(self._connection.run(_COMPARE, (f"[{', '.join(sent)}]", ids)))
+        is_same = dict(self.run(_COMPARE, (f"[{', '.join(sent)}]", ids)))
         outcomes = {}
         for number, event in items:
             if number not in is_same:
@@ -271,17 +236,17 @@ class Store:
                 outcomes[number] = Outcome.DUPLICATE
         return outcomes
 
-    def keep(self, letters: Sequence[DeadLetter]) -> list[int]:
+    def insert_dead_letters(self, letters: Sequence[DeadLetter]) -> list[int]:
         """Keep the dead letters, equal ones as one row; return their ids in the same order.
 
         Commits them, with what finish_insert() may have left open, and even if there are none.
         """
-        ids = self._keep(letters) if letters else []
-        if self._connection.in_transaction:
-            self._connection.commit()
+        ids = self._upsert_dead_letters(letters) if letters else []
+        if self.in_transaction:
+            self.commit()
         return ids
 
-    def _keep(self, letters: Sequence[DeadLetter]) -> list[int]:
+    def _upsert_dead_letters(self, letters: Sequence[DeadLetter]) -> list[int]:
         digests = [_digest(letter) for letter in letters]
         # ON CONFLICT DO UPDATE takes no row twice.
         groups: dict[bytes, list[DeadLetter]] = {}
@@ -293,8 +258,8 @@ class Store:
             first, last = groups[digest][0], groups[digest][-1]
             values += (digest, len(groups[digest]), last.received_at)
             values += last._replace(received_at=first.received_at)
-        sql = _KEEP.format(rows=", ".join([_KEEP_ROW] * len(groups)))
-        ids = {bytes(digest): letter_id for digest, letter_id in self._connection.run(sql, values)}
+        sql = _UPSERT_DEAD_LETTERS.format(rows=", ".join([_DEAD_LETTER_ROW] * len(groups)))
+        ids = {bytes(digest): letter_id for digest, letter_id in self.run(sql, values)}
         return [ids[digest] for digest in digests]
 
     def delete_old(self, table: Table, days: int, since: str) -> tuple[int, str]:
@@ -307,7 +272,7 @@ class Store:
         is_old = f"{time_column} < now() - {days} * interval '1 day'"
         # Two statements, as Citus deletes by neither LIMIT nor ctid. The time as text, since
         # PostgreSQL's years are more than Python's; ordered by the column, not by that text.
-        rows = self._connection.run(
+        rows = self.run(
             f"SELECT {key}, {time_column}::text FROM {name} WHERE {time_column} >= %s"
             f" AND {is_old} ORDER BY {name}.{time_column} LIMIT {DELETED_ROWS_MAX}",
             (since,),
@@ -316,7 +281,7 @@ class Store:
             return 0, since
         # A key may have been deleted and stored anew between the two. And where somebody else
         # holds a row locked, events are not to wait: the limit is set before the first row.
-        deleted = self._connection.run(
+        deleted = self.run(
             f"DELETE FROM {name} WHERE {key} = ANY(%s) AND {is_old}"
             f" AND (SELECT set_config('lock_timeout', '500ms', true)) <> '' RETURNING {key}",
             ([row[0] for row in rows],),

@@ -37,7 +37,7 @@ class Topics:
         topic = self.ack_template.replace("{device_id}", device_id)
         return topic if is_publishable(topic) else None
 
-    def hears_acks(self) -> bool:
+    def matches_acks(self) -> bool:
         """Tell whether the ACK topic of any device, whatever its id, is one of `events`."""
         events, acks = self.events.split("/"), self.ack_template.split("/")
         return len(events) == len(acks) and all(map(_overlap, acks, events))
@@ -96,7 +96,7 @@ def topic_problems(topics: Topics) -> list[str]:
     if problems:
         return problems
     heard = [name for name, topic in ours.items() if topics.device_id(topic) is not None]
-    if topics.hears_acks():
+    if topics.matches_acks():
         heard.append("ACK_TEMPLATE")
     return [
         f"{name}: matches MQTT_EVENTS_TOPIC, so the ingester would hear itself" for name in heard

@@ -9,6 +9,7 @@ Invariant: nothing that a test started is running after it.
 
 import dataclasses
 import itertools
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -20,14 +21,20 @@ import pytest
 CHECKOUT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(CHECKOUT))
 
-from tests.findings import Finding, table, write_into  # noqa: E402
-from tests.pipeline import Database, Pipeline  # noqa: E402
+from tests.support.findings import Finding, table, write_into  # noqa: E402
+from tests.support.pipeline import Database, Pipeline  # noqa: E402
+from tools import process  # noqa: E402
 from tools.process import free_port  # noqa: E402
 from tools.stack import Mosquitto, Stack  # noqa: E402
 
 # A shell has the commands that it runs in the background ignore Ctrl-C, and they pass that on
 # to what they start; a test that sends it would wait in vain.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Each worker of a parallel run has ports of its own: one that is free now is taken a moment later.
+_worker, _workers = (os.environ.get(f"PYTEST_XDIST_{name}") for name in ("WORKER", "WORKER_COUNT"))
+if _worker and _workers:
+    process.PORTS = process.PORTS[int(_worker.removeprefix("gw")) :: int(_workers)]
 
 _number = itertools.count()
 _findings: list[tuple[str, int, int, Finding]] = []  # with the file, line and turn, to sort by

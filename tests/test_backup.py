@@ -1,7 +1,7 @@
 """A stack's life as its owner sees it: upgraded, backed up, and begun again from the backup.
 
-What it does: begins with a database of the first release, upgrades it by the very command of
-the issue, and types the commands of README.md, "Backup and restore", which stand there in
+What it does: begins with a database of the first release, upgrades it by the documented
+command, and types the commands of docs/operating.md, "Backup and restore", which are there in
 ```shell blocks: first to back up, second to restore. (A ```sh block holds commands that work
 at any time; test_compose.py types those.) What it does not: look into the schema; that is
 test_upgrade.py.
@@ -9,17 +9,16 @@ test_upgrade.py.
 Invariant: between the tests the stack is up and healthy.
 """
 
-import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import pytest
 
-from tests import compose
-from tests.compose import VOLUME, Compose
-from tests.device import Device, event
-from tests.load import deliver_rest, load, wait_for_acks
-from tests.pipeline import wait_until
+from tests.support import compose, documents
+from tests.support.compose import VOLUME, Compose
+from tests.support.device import Device, event
+from tests.support.load import deliver_rest, load, wait_for_acks
+from tests.support.pipeline import wait_until
 from tests.test_upgrade import COLUMNS, FIRST_RELEASE, ROWS
 
 pytestmark = [pytest.mark.compose, pytest.mark.timeout(300)]
@@ -84,14 +83,6 @@ def objects(stack: Compose) -> str:
     )
 
 
-def readme_commands(stack: Compose) -> list[str]:
-    """The ```shell blocks of the README's chapter "Backup and restore"."""
-    text = (stack.folder / "README.md").read_text()
-    chapter = re.search(r"^(#+) Backup and restore\n(.*?)(?=^#{1,3} |\Z)", text, re.M | re.S)
-    assert chapter, "README.md has no heading 'Backup and restore'"
-    return re.findall(r"^```shell\n(.*?)^```", chapter[2], re.M | re.S)
-
-
 def test_an_upgrade_keeps_every_row_and_a_second_one_changes_nothing(
     whole_stack: Upgraded, stack: Compose
 ) -> None:
@@ -111,7 +102,7 @@ def test_an_upgrade_keeps_every_row_and_a_second_one_changes_nothing(
 def test_what_was_backed_up_from_a_running_stack_is_restored_into_an_empty_one(
     stack: Compose,
 ) -> None:
-    back_up, restore = readme_commands(stack)
+    back_up, restore = documents.blocks("Backup and restore")
     with Device(1883, "saved") as device:
         first = event("first", "saved")
         assert device.ask(first)["status"] == "stored"
@@ -151,7 +142,7 @@ def test_what_was_backed_up_from_a_running_stack_is_restored_into_an_empty_one(
 
 
 def test_a_backup_is_not_restored_over_what_is_there(stack: Compose) -> None:
-    back_up, restore = readme_commands(stack)
+    back_up, restore = documents.blocks("Backup and restore")
     stack.run("bash", "-euc", back_up)
     before = rows(stack)
     stack.run("bash", "-euc", line_with(" cp ", restore))

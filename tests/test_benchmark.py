@@ -18,7 +18,7 @@ import pytest
 
 from benchmark.fleet import Fleet, FleetError, publishes
 from benchmark.report import against, median
-from tests.pipeline import Pipeline
+from tests.support.pipeline import Pipeline
 from tools.process import CHECKOUT
 from tools.stack import Stack
 

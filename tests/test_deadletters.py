@@ -2,7 +2,7 @@
 
 What it does: runs `python -m ingester.deadletters` as its own process, with the rights of the
 role `ingester` alone, against a real broker and database. What it does not: the broker's
-side of a visit (test_visitor.py).
+side of a session (test_tool_session.py).
 """
 
 import json
@@ -20,10 +20,10 @@ from datetime import UTC, datetime, timedelta
 import psycopg2
 import pytest
 
-from ingester.letterbox import PURGE_ROWS_MAX
-from tests.device import event
-from tests.load import devices, events_sent, hear_all, load, wait_for_load
-from tests.pipeline import Database, Pipeline, wait_until
+from ingester.deadletters.table import PURGE_ROWS_MAX
+from tests.support.device import event
+from tests.support.load import devices, events_sent, hear_all, load, wait_for_load
+from tests.support.pipeline import Database, Pipeline, wait_until
 from tools.process import CHECKOUT, clean_environment, free_port, run
 from tools.stack import Stack
 
@@ -546,7 +546,7 @@ def test_a_replay_under_load_loses_and_doubles_nothing(online: Pipeline) -> None
             database.query("ALTER TABLE events DROP CONSTRAINT cool")
             tool(online, "replay", "--reason", "not_storable")
             wait_for_load(publishers, 300)
-        # Those that arrived between the look at the table and the mend.
+        # Those that arrived between the look at the table and the fix.
         wait_until(
             lambda: (
                 sum(len(device.acks) for device in publishers)

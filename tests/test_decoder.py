@@ -15,10 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ingester import decoder as decoder_module
-from ingester.broker import Message
 from ingester.decoder import AHEAD_EVENTS, EVENTS_MAX, DecodedMessage, Decoder
+from ingester.message import Message
 from ingester.topic import Topics
-from tests.device import event
+from tests.support.device import event
 
 TOPICS = Topics("qs/v1/+/events", "qs/v1/{device_id}/acks", "qs/v1/deadletter", "qs/v1/status")
 PAYLOADS = [
@@ -41,7 +41,7 @@ def messages(number: int, events_each: int = 1) -> list[Message]:
 
 def alone(batch: Sequence[Message]) -> list[DecodedMessage]:
     """Return what each message holds, decoded with nothing ahead."""
-    return [Decoder(TOPICS, UTC).take([item])[0] for item in batch]
+    return [Decoder(TOPICS, UTC).decode([item])[0] for item in batch]
 
 
 STEPS = st.lists(
@@ -67,7 +67,7 @@ def test_whatever_is_decoded_ahead_a_batch_holds_what_its_messages_hold(
     for step, number in steps:
         if step == "take":  # a new batch, or the same one again
             batch = in_hand[:number]
-            items = decoder.take(batch)
+            items = decoder.decode(batch)
             taken = len(items)
             assert [item.message for item in items] == batch
             assert items == alone(batch)
@@ -83,10 +83,10 @@ def test_whatever_is_decoded_ahead_a_batch_holds_what_its_messages_hold(
 
 def test_what_is_ahead_is_not_decoded_again(monkeypatch: pytest.MonkeyPatch) -> None:
     decoder, in_hand = Decoder(TOPICS, UTC), messages(10)
-    decoder.take(in_hand[:4])
+    decoder.decode(in_hand[:4])
     assert not decoder.decode_ahead(in_hand)
-    monkeypatch.setattr(decoder_module, "decode", None)  # to be called no more
-    assert len(decoder.take(in_hand[4:])) == 6
+    monkeypatch.setattr(decoder_module, "decode_payload", None)  # to be called no more
+    assert len(decoder.decode(in_hand[4:])) == 6
 
 
 def test_a_step_ahead_is_short_and_says_whether_there_is_more() -> None:
@@ -97,7 +97,7 @@ def test_a_step_ahead_is_short_and_says_whether_there_is_more() -> None:
 
 def test_no_more_is_taken_or_decoded_ahead_than_one_batch_may_hold() -> None:
     decoder, in_hand = Decoder(TOPICS, UTC), messages(3 * EVENTS_MAX // 1_000 + 3, 1_000)
-    batch = decoder.take(in_hand)
+    batch = decoder.decode(in_hand)
     events = sum(len(item.decoded.results) for item in batch)
     assert EVENTS_MAX <= events < EVENTS_MAX + 1_000
     steps = 0

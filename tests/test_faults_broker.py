@@ -1,7 +1,7 @@
 """What happens to events when the broker dies, hangs, forgets, or is shared by mistake.
 
 What it does: devices publish while a real broker is stopped, killed, frozen, cut off or put
-back to an older state; then the promise is checked (tests/findings.py). What it does not:
+back to an older state; then the promise is checked (tests/support/findings.py). What it does not:
 harm the ingester or the database (tests/test_faults.py), or fill queues
 (tests/test_faults_queue.py).
 
@@ -17,11 +17,12 @@ from pathlib import Path
 
 import pytest
 
-from ingester.broker import Broker, Message
+from ingester.broker import Broker
+from ingester.message import Message
 from ingester.settings import Settings
-from tests.device import Device, event
-from tests.findings import Finding, find
-from tests.load import (
+from tests.support.device import Device, event
+from tests.support.findings import Finding, find
+from tests.support.load import (
     check_log,
     connects,
     deliver_rest,
@@ -32,8 +33,8 @@ from tests.load import (
     wait_for_acks,
     wait_for_load,
 )
-from tests.pipeline import Database, Pipeline, restart_from, saved, wait_until
-from tests.proxy import Proxy
+from tests.support.pipeline import Database, Pipeline, restart_from, saved, wait_until
+from tests.support.proxy import Proxy
 from tools.stack import Ingester
 
 Report = Callable[[Finding], None]

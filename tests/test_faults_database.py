@@ -1,6 +1,6 @@
 """PostgreSQL goes away, freezes, fills, refuses: nothing is lost, and the ingester waits.
 
-What it does: makes each fault under load, mends it, and checks the promise at the sender.
+What it does: makes each fault under load, fixes it, and checks the promise at the sender.
 What it does not: SIGTERM meanwhile (test_faults_stop.py), or a full disk
 (test_faults_disk.py). The server is this file's own, so that no other test suffers.
 """
@@ -13,12 +13,12 @@ from typing import Any
 import psycopg2
 import pytest
 
-from tests.device import event
-from tests.findings import Finding, find
-from tests.load import connects, database_down, devices, hear_all, peak_megabytes
-from tests.pipeline import Database, Pipeline, wait_until
-from tests.proxy import Proxy
-from tests.trial import PEAK_MEGABYTES_MAX, under_load
+from tests.support.device import event
+from tests.support.findings import Finding, find
+from tests.support.load import connects, database_down, devices, hear_all, peak_megabytes
+from tests.support.pipeline import Database, Pipeline, wait_until
+from tests.support.proxy import Proxy
+from tests.support.trial import PEAK_MEGABYTES_MAX, under_load
 from tools.stack import Stack
 
 Report = Callable[[Finding], None]
@@ -208,7 +208,7 @@ def test_a_fault_of_the_database_loses_nothing_and_work_goes_on_within_5_s(
             began_at = time.monotonic()
             trial.warned()
             trial.lasts(seconds - (time.monotonic() - began_at))
-        trial.mended()
+        trial.fixed()
         trial.flows()
     if seconds > 62:
         assert "Postgres: still failing after 6" in running.ingester.log()
@@ -248,7 +248,7 @@ def test_what_a_person_must_mend_is_waited_for_and_never_an_events_fault(
         with fault(plain):
             trial.warned()
             trial.lasts(1)
-        trial.mended()
+        trial.fixed()
     report(trial.finding_after_outage(case))
 
 
@@ -273,7 +273,7 @@ def test_a_line_that_is_dead_in_either_direction_is_noticed(
         trial.warned()
         trial.lasts(15 - (time.monotonic() - began_at))
         proxy.thaw()
-        trial.mended()
+        trial.fixed()
     report(trial.finding_after_outage(case))
 
 
@@ -285,7 +285,7 @@ def test_a_connection_that_the_network_has_forgotten_is_given_up(
     with under_load(pipeline) as trial:
         proxy.forget()
         trial.warned()
-        trial.mended()
+        trial.fixed()
     report(trial.finding_after_outage("connection to the database forgotten by a router"))
 
 
@@ -300,7 +300,7 @@ def test_an_attempt_to_connect_that_the_network_has_forgotten_is_given_up(
         wait_until(lambda: proxy.connections > 1, "another attempt to connect")
         proxy.forget()
         proxy.thaw()
-        trial.mended(seconds_max=5 + 3)
+        trial.fixed(seconds_max=5 + 3)
     report(trial.finding_after_outage("attempt to connect forgotten by a router"))
 
 
@@ -313,7 +313,7 @@ def test_a_line_that_stutters_costs_nothing(
             proxy.freeze(to_client, to_server)
             trial.lasts(0.4)
             proxy.thaw()
-            trial.mended()
+            trial.fixed()
     assert "WARNING" not in pipeline.ingester.log()
     report(trial.finding("line to the database stutters, 3 times 0.4 s"))
 
@@ -327,7 +327,7 @@ def test_a_refused_and_cut_connection_is_made_again(
         trial.warned()
         trial.lasts(1)
         proxy.accept()
-        trial.mended()
+        trial.fixed()
     report(trial.finding_after_outage("connection to the database reset, then refused"))
 
 
@@ -369,7 +369,7 @@ def test_a_line_cut_amid_a_statement_is_tried_again(
     with under_load(pipeline) as trial:
         for _ in range(3):
             assert proxy.cut_after(b"INSERT INTO events", "to_server").wait(10)
-            trial.mended()
+            trial.fixed()
     report(trial.finding_after_outage("line cut behind an INSERT, 3 times"))
 
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import psycopg2
 import pytest
 
-from tests.findings import Finding
-from tests.pipeline import Pipeline, wait_until
-from tests.trial import under_load
+from tests.support.findings import Finding
+from tests.support.pipeline import Pipeline, wait_until
+from tests.support.trial import under_load
 from tools.process import StackError
 from tools.stack import Stack
 
@@ -68,7 +68,7 @@ def test_a_full_disk_is_waited_out_and_no_event_is_blamed(
             trial.lasts(1)
         finally:
             ballast.unlink()
-        trial.mended()
+        trial.fixed()
         trial.flows()
     assert "SQLSTATE 53100" in running.ingester.log()
     report(trial.finding_after_outage("disk of the database full"))
@@ -92,7 +92,7 @@ def test_a_database_that_crashed_because_its_disk_was_full_is_waited_for(
             if not postgres.running:
                 postgres.start()
             postgres.wait_ready()
-        trial.mended()
+        trial.fixed()
     report(trial.finding_after_outage("disk full, database crashed and started again"))
 
 

@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 import pytest
 
 from ingester.event import PAYLOAD_BYTES_MAX
-from tests.device import Device, event
-from tests.findings import Finding, find
-from tests.load import connects, devices, peak_megabytes
-from tests.pipeline import Pipeline, wait_until
+from tests.support.device import Device, event
+from tests.support.findings import Finding, find
+from tests.support.load import connects, devices, peak_megabytes
+from tests.support.pipeline import Pipeline, wait_until
 
 Report = Callable[[Finding], None]
 MESSAGES = 200

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from tests.device import event
-from tests.findings import Finding, find
-from tests.load import connects
-from tests.pipeline import Pipeline
+from tests.support.device import event
+from tests.support.findings import Finding, find
+from tests.support.load import connects
+from tests.support.pipeline import Pipeline
 
 Report = Callable[[Finding], None]
 

@@ -10,10 +10,10 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.findings import Finding
-from tests.kill_at import STEPS
-from tests.pipeline import Pipeline, wait_until
-from tests.trial import under_load
+from tests.support.findings import Finding
+from tests.support.kill_at import STEPS
+from tests.support.pipeline import Pipeline, wait_until
+from tests.support.trial import under_load
 from tools.stack import Ingester
 
 Report = Callable[[Finding], None]
@@ -21,7 +21,7 @@ Report = Callable[[Finding], None]
 
 def run_until_killed(pipeline: Pipeline, step: str, number: int) -> None:
     """Run an ingester until it kills itself at the step."""
-    arguments = ("-m", "tests.kill_at", step, str(number))
+    arguments = ("-m", "tests.support.kill_at", step, str(number))
     ingester = pipeline.ingester
     doomed = Ingester(ingester.environment, ingester.log_file, arguments=arguments)
     doomed.start()

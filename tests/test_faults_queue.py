@@ -1,7 +1,7 @@
 """What the broker queues for the ingester: many events, big ones, retained ones, too many.
 
 What it does: fills the queue of an absent or waiting ingester, floods it, sends what is as
-large as the broker takes, and checks the promise (tests/findings.py) and the memory. What
+large as the broker takes, and checks the promise (tests/support/findings.py) and the memory. What
 it does not: harm the broker (tests/test_faults_broker.py).
 
 Invariant: no device sends an event again before the check, except what the broker said it
@@ -17,9 +17,9 @@ from functools import partial
 import pytest
 
 from tests.conftest import CHECKOUT
-from tests.device import Device, event
-from tests.findings import Finding, find
-from tests.load import (
+from tests.support.device import Device, event
+from tests.support.findings import Finding, find
+from tests.support.load import (
     broker_dropped,
     check_log,
     connects,
@@ -31,7 +31,7 @@ from tests.load import (
     peak_megabytes,
     wait_for_load,
 )
-from tests.pipeline import Pipeline, wait_until
+from tests.support.pipeline import Pipeline, wait_until
 
 Report = Callable[[Finding], None]
 MEGABYTES_MAX = 100

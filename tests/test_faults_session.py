@@ -22,12 +22,13 @@ from paho.mqtt.enums import CallbackAPIVersion
 from ingester import broker as broker_module
 from ingester import mqtt
 from ingester.broker import DROPPED_TOPIC
-from tests.device import Device, event
-from tests.findings import find
-from tests.load import connects, hear_all
-from tests.pipeline import Pipeline, wait_until
-from tests.proxy import Flow, Proxy
-from tests.tap import PUBACK, PUBCOMP, PUBLISH, PUBREC, PUBREL, Tap
+from ingester.client import Client
+from tests.support.device import Device, event
+from tests.support.findings import find
+from tests.support.load import connects, hear_all
+from tests.support.pipeline import Pipeline, wait_until
+from tests.support.proxy import Flow, Proxy
+from tests.support.tap import PUBACK, PUBCOMP, PUBLISH, PUBREC, PUBREL, Tap
 from tests.test_session import acks_for, publish, receive, session, start, tapped
 from tools.process import clean_environment, run
 
@@ -85,7 +86,7 @@ def test_a_message_says_whether_it_was_retained_and_when_it_came(
             monkeypatch.setattr(broker_module, "datetime", datetime.datetime)
             assert [old.retain, new.retain] == [True, False]  # the second one came at once
             assert began_at < old.arrived_at <= new.arrived_at < time.monotonic()
-            assert 0 < broker.oldest_in_hand_seconds < 60
+            assert 0 < broker.oldest_unsettled_seconds < 60
 
 
 # --- QoS 2 -------------------------------------------------------------------------------
@@ -240,7 +241,7 @@ def test_what_is_sent_again_over_the_same_connection_is_in_hand_once(pipeline: P
         assert [message.mid for message in broker.messages] == list(range(1, number + 2))
         batch = receive(broker, number + 1)
         broker.settle(batch, acks_for(batch))
-        assert broker.in_hand == 0
+        assert broker.unsettled == 0
         device.wait(lambda: len(device.acks) == number + 1, "an ACK for each")
         assert len(device.acks) == number + 1
 
@@ -441,7 +442,7 @@ def test_a_session_that_is_not_read_for_long_is_kept(
 ) -> None:
     """With a keepalive of 1 s, after which the broker waits for 0.5 s more."""
     monkeypatch.setattr(broker_module, "KEEPALIVE_SECONDS", 1)
-    monkeypatch.setattr(broker_module, "READ_AHEAD_BYTES", 300)
+    monkeypatch.setattr(Client, "READ_BYTES_MAX", 300)
     number = 500
     with (
         tapped(pipeline) as tap,
@@ -458,7 +459,7 @@ def test_a_session_that_is_not_read_for_long_is_kept(
                 time.sleep(0.05)
 
         serve_for(4)
-        assert 10 <= broker.in_hand <= 12
+        assert 10 <= broker.unsettled <= 12
         settled = 0
         while settled < number:
             if settled == 50:

@@ -1,6 +1,6 @@
 """SIGTERM, whatever state the ingester is in: out within 5 s, exit 0, and nothing is lost.
 
-What it does: brings about the state, stops the ingester in it, mends what was broken,
+What it does: brings about the state, stops the ingester in it, fixes what was broken,
 starts it again, and checks the promise at the sender. What it does not: SIGKILL, which is
 test_faults_kill.py. The servers are this file's own, so that no other test suffers.
 """
@@ -11,11 +11,11 @@ from contextlib import AbstractContextManager, contextmanager
 
 import pytest
 
-from tests.device import Device, event
-from tests.findings import Finding, find
-from tests.pipeline import Pipeline, wait_until
-from tests.proxy import Proxy
-from tests.trial import under_load
+from tests.support.device import Device, event
+from tests.support.findings import Finding, find
+from tests.support.pipeline import Pipeline, wait_until
+from tests.support.proxy import Proxy
+from tests.support.trial import under_load
 from tools.stack import Stack
 
 Report = Callable[[Finding], None]

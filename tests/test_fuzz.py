@@ -28,9 +28,9 @@ from hypothesis import strategies as st
 from ingester.event import Event, decode
 from ingester.rejection import Rejection
 from ingester.store import Outcome, Store
-from tests.device import event
-from tests.load import connects
-from tests.pipeline import Database, Pipeline, insert, wait_until
+from tests.support.device import event
+from tests.support.load import connects
+from tests.support.pipeline import Database, Pipeline, insert, wait_until
 from tools.process import clean_environment
 
 _number = itertools.count()

@@ -22,9 +22,9 @@ from zoneinfo import ZoneInfo
 import pytest
 
 from tests.conftest import CHECKOUT
-from tests.device import Device, event
-from tests.json_corpus import DOCUMENTS
-from tests.pipeline import Pipeline, wait_until
+from tests.support.device import Device, event
+from tests.support.json_corpus import DOCUMENTS
+from tests.support.pipeline import Pipeline, wait_until
 
 VALID = b'{"schema": 1, "event_id": "device-1-1", "device_id": "device-1", "event_type": "t"}'
 
@@ -517,7 +517,7 @@ def test_a_signal_under_load_ends_it_in_good_time_with_code_0(
 def test_a_bug_ends_it_with_a_traceback_and_nothing_is_lost(pipeline: Pipeline) -> None:
     """Stands for any bug: one in Store, put there from outside."""
     command = pipeline.ingester.command
-    bug = "from ingester import app, store; store.Store.keep = None; app.main()"
+    bug = "from ingester import app, store; store.Store.insert_dead_letters = None; app.main()"
     pipeline.ingester.command = [command[0], "-c", bug]
     pipeline.ingester.start()
     pipeline.ingester.wait_ready()

@@ -13,7 +13,7 @@ import pytest
 
 from ingester.event import PAYLOAD_BYTES_MAX, Event, decode
 from ingester.rejection import Reason, Rejection
-from tests.json_corpus import DOCUMENTS, Document, Expected, Grammar, event_with
+from tests.support.json_corpus import DOCUMENTS, Document, Expected, Grammar, event_with
 
 DEVICE = "corpus"
 

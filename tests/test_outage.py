@@ -56,10 +56,10 @@ def test_without_a_failure_there_is_nothing_to_wait_for_or_to_say(
     clock: Clock, lines: Lines
 ) -> None:
     thing = Outage("Postgres")
-    assert not thing.lasts
+    assert not thing.is_ongoing
     assert thing.pause_seconds() == 0
-    thing.over()
-    assert not thing.lasts
+    thing.recovered()
+    assert not thing.is_ongoing
     assert lines() == []
 
 
@@ -68,7 +68,7 @@ def test_the_log_says_when_an_outage_begins_once_a_minute_and_when_it_ends(
 ) -> None:
     thing = Outage("Postgres")
     thing.failed("connection refused")
-    assert thing.lasts
+    assert thing.is_ongoing
     assert lines() == [
         ("WARNING", "Postgres: connection refused; trying again until it works"),
     ]
@@ -89,11 +89,11 @@ def test_the_log_says_when_an_outage_begins_once_a_minute_and_when_it_ends(
         thing.failed("no route")
         assert lines() == expected
     clock.now = began + 4001.25
-    thing.over()
+    thing.recovered()
     assert lines() == [("INFO", "Postgres: back after 4001.2 s")]
-    thing.over()
+    thing.recovered()
     assert lines() == []
-    assert not thing.lasts
+    assert not thing.is_ongoing
 
 
 def test_a_later_outage_begins_anew(clock: Clock, lines: Lines) -> None:
@@ -101,7 +101,7 @@ def test_a_later_outage_begins_anew(clock: Clock, lines: Lines) -> None:
     for _ in range(10):
         thing.failed("gone")
     clock.now += 3600
-    thing.over()
+    thing.recovered()
     lines()
     clock.now += 3600
     assert thing.pause_seconds() == 0
@@ -109,15 +109,15 @@ def test_a_later_outage_begins_anew(clock: Clock, lines: Lines) -> None:
     assert lines() == [("WARNING", "MQTT: gone again; trying again until it works")]
     assert thing.pause_seconds() <= 0.1
     clock.now += 5
-    thing.over()
+    thing.recovered()
     assert lines() == [("INFO", "MQTT: back after 5.0 s")]
 
 
 def test_one_outage_says_nothing_of_another(clock: Clock) -> None:
     broken, fine = Outage("MQTT"), Outage("Postgres")
     broken.failed("gone")
-    assert broken.lasts
-    assert not fine.lasts
+    assert broken.is_ongoing
+    assert not fine.is_ongoing
     assert fine.pause_seconds() == 0
 
 
@@ -155,7 +155,7 @@ def test_the_pause_runs_off_with_the_clock_and_never_below_zero(
     assert thing.pause_seconds() == 0
     clock.now += 1000
     assert thing.pause_seconds() == 0
-    assert thing.lasts
+    assert thing.is_ongoing
 
 
 def test_the_pause_stays_at_its_limit_after_a_night_of_failures(clock: Clock) -> None:
@@ -198,7 +198,7 @@ def test_a_thing_that_comes_and_goes_fills_neither_log_nor_time(clock: Clock, li
         tries += 1
         thing.failed("taken over")
         clock.now += max(thing.pause_seconds(), 0.001)
-        thing.over()
+        thing.recovered()
         clock.now += 0.001
     assert len(lines()) <= 20
     assert tries <= 120

@@ -18,11 +18,11 @@ from typing import Any
 import psycopg2
 import pytest
 
-from tests.device import Device, event
-from tests.load import connects, heard_all
-from tests.pgbouncer import PgBouncer
-from tests.pipeline import Database, Pipeline, wait_until
-from tests.proxy import Proxy
+from tests.support.device import Device, event
+from tests.support.load import connects, heard_all
+from tests.support.pgbouncer import PgBouncer
+from tests.support.pipeline import Database, Pipeline, wait_until
+from tests.support.proxy import Proxy
 from tools.process import clean_environment, free_port, run
 from tools.stack import Stack
 

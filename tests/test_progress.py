@@ -49,7 +49,7 @@ def test_the_first_events_are_summarised_at_once_and_a_flood_every_10_s(
     told = Progress(None)
     for _ in range(250):
         told.settled(BATCH, 0.001)
-        told.turn(State.ONLINE, well=True)
+        told.update(State.ONLINE, healthy=True)
         clock.now += 0.1
     lines = [record.getMessage() for record in caplog.records]
     assert lines == [
@@ -63,7 +63,7 @@ def test_a_quiet_hour_says_nothing(clock: Clock, caplog: pytest.LogCaptureFixtur
     caplog.set_level(logging.DEBUG, "ingester.progress")
     told = Progress(None)
     for _ in range(3600):
-        told.turn(State.ONLINE, well=True)
+        told.update(State.ONLINE, healthy=True)
         clock.now += 1
     assert caplog.records == []
 
@@ -73,7 +73,7 @@ def test_the_status_has_every_documented_field(clock: Clock) -> None:
     told.settled(BATCH, 0.001)
     told.settled(BATCH, 0.001)
     clock.now += 12.4
-    told.turn(State.ONLINE, well=True)
+    told.update(State.ONLINE, healthy=True)
     body = status(told)
     for name in ("since", "last_commit_at"):
         assert body.pop(name).endswith("Z")
@@ -96,11 +96,11 @@ def test_the_status_has_every_documented_field(clock: Clock) -> None:
 def test_the_status_is_due_on_connect_on_a_change_of_state_and_every_10_s(clock: Clock) -> None:
     told = Progress(None)
     assert not status(told)  # before the first turn there is no state
-    told.turn(State.WAITING_FOR_DATABASE, well=False)
+    told.update(State.WAITING_FOR_DATABASE, healthy=False)
     assert status(told, 1)
     assert not status(told, 1)
     assert status(told, 2)
-    told.turn(State.ONLINE, well=True)
+    told.update(State.ONLINE, healthy=True)
     assert status(told, 2)
     clock.now += 9.9
     assert not status(told, 2)
@@ -111,11 +111,11 @@ def test_the_status_is_due_on_connect_on_a_change_of_state_and_every_10_s(clock:
 
 def test_since_is_when_the_state_began(clock: Clock) -> None:
     told = Progress(None)
-    told.turn(State.ONLINE, well=True)
+    told.update(State.ONLINE, healthy=True)
     first = status(told, 1)
-    told.turn(State.ONLINE, well=True)
+    told.update(State.ONLINE, healthy=True)
     again = status(told, 2)
-    told.turn(State.WAITING_FOR_DATABASE, well=False)
+    told.update(State.WAITING_FOR_DATABASE, healthy=False)
     changed = status(told, 2)
     assert first["since"] == again["since"] <= changed["since"]
     assert (again["state"], changed["state"]) == ("online", "waiting_for_database")
@@ -131,15 +131,15 @@ def test_the_heart_beats_once_a_second_and_only_while_all_is_well(
     heartbeat = tmp_path / "heartbeat"
     told = Progress(str(heartbeat))
 
-    def beats(well: bool) -> bool:
+    def beats(healthy: bool) -> bool:
         if heartbeat.exists():
             os.utime(heartbeat, (0, 0))
-        told.turn(State.ONLINE, well=well)
+        told.update(State.ONLINE, healthy=healthy)
         return heartbeat.exists() and heartbeat.stat().st_mtime > 0
 
-    assert not beats(well=False)
-    assert beats(well=True)
-    assert not beats(well=True)
+    assert not beats(healthy=False)
+    assert beats(healthy=True)
+    assert not beats(healthy=True)
     clock.now += 1
-    assert not beats(well=False)
-    assert beats(well=True)
+    assert not beats(healthy=False)
+    assert beats(healthy=True)

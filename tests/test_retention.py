@@ -17,9 +17,9 @@ from ingester import retention
 from ingester.connection import StoreUnavailable
 from ingester.retention import PASS_SECONDS, PAUSE_FACTOR, Retention
 from ingester.store import DELETED_ROWS_MAX, Store, Table
-from tests.device import event
-from tests.load import deliver_rest, devices, load
-from tests.pipeline import Database, Pipeline, wait_until
+from tests.support.device import event
+from tests.support.load import deliver_rest, devices, load
+from tests.support.pipeline import Database, Pipeline, wait_until
 
 DAYS = 30
 SAYS = "Retention: deleted {} events and {} dead letters older than 30 days"

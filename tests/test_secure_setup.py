@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from tests import compose
-from tests.certificates import openssl
-from tests.secure import SecureStack, missing_rights
+from tests.support import compose
+from tests.support.certificates import openssl
+from tests.support.secure import SecureStack, missing_rights
 
 pytestmark = [pytest.mark.compose]
 
@@ -95,14 +95,60 @@ def test_renew_makes_new_certificates_and_leaves_all_else(stack: SecureStack) ->
     assert openssl("pkey", "-in", stack.secrets / "broker/server.key", "-pubout") == public
 
 
-@pytest.mark.parametrize("name", ["http://x", "a b", "-x", "a/b", "*.lan", "", "a,DNS:b", "ä.lan"])
+NOT_NAMES = [
+    *("http://x", "a b", "-x", "a/b", "*.lan", "", "a,DNS:b", "ä.lan", "host:8883"),
+    *("999.1.1.1", "1.2.3", "1.2.3.4.5", "300", "1..2", "::1::2", "12345::1", "[::1]"),
+    *("a..b", ".lan", "lan.", "x-", "a.-b", "x" * 64, ".".join(["x" * 50] * 6)),
+]
+
+
+@pytest.mark.parametrize("name", NOT_NAMES)
 def test_what_is_not_a_name_is_refused(stack: SecureStack, name: str) -> None:
     before = state(stack.secrets)
-    for arguments in ((name,), ("--renew", name)):
+    for arguments in ((name,), ("--renew", name), ("--renew", "good.lan", name)):
         said = stack.setup(*arguments, expected=1)
         assert "not a host name" in said or "unknown" in said
         assert "\n" not in said
     assert state(stack.secrets) == before
+
+
+def test_what_spoils_the_list_of_names_is_named_and_nothing_is_changed(stack: SecureStack) -> None:
+    names = stack.secrets / "names"
+    good = names.read_text()
+    names.write_text(good + "999.1.1.1\n")
+    before = state(stack.secrets)
+    assert stack.setup("--renew", expected=1) == (
+        "999.1.1.1: not a host name or an IP address; delete it from overlays/secure/secrets/names"
+    )
+    assert state(stack.secrets) == before
+    names.write_text(good)
+    # Of what is given twice there is one.
+    stack.setup("--renew", "new.lan", "new.lan", "fd00::2")
+    assert sorted(names.read_text().split()) == sorted([*good.split(), "new.lan", "fd00::2"])
+
+
+def test_where_docker_cannot_be_asked_nothing_is_changed_and_it_is_said(
+    stack: SecureStack,
+) -> None:
+    stack.add_device("here")
+    before = state(stack.secrets)
+    for variables in (
+        {"DOCKER_HOST": f"unix://{stack.folder}/no.sock"},
+        {"COMPOSE_PROJECT_NAME": "", "POSTGRES_PORT": "none"},  # Compose alone refuses
+    ):
+        for command in (("device", "add", "x"), ("device", "remove", "here"), ("setup", "--renew")):
+            done = stack.run(
+                f"overlays/secure/{command[0]}", *command[1:], expected=1, variables=variables
+            )
+            assert "Docker cannot say whether mosquitto is running; nothing" in done.stderr
+            assert done.stdout == ""
+    assert state(stack.secrets) == before
+    done = stack.run(
+        *("overlays/secure/device", "list"),
+        expected=1,
+        variables={"DOCKER_HOST": f"unix://{stack.folder}/no.sock"},
+    )
+    assert "Docker could not" in done.stderr
 
 
 def test_a_name_that_is_in_no_certificate_is_said(stack: SecureStack) -> None:
@@ -120,7 +166,7 @@ def test_a_name_that_is_in_no_certificate_is_said(stack: SecureStack) -> None:
         *("database/server.key", "database/server.crt", "database/server.csr"),
     ],
 )
-def test_a_missing_file_is_named_with_its_mend(stack: SecureStack, name: str) -> None:
+def test_a_missing_file_is_named_with_its_fix(stack: SecureStack, name: str) -> None:
     (stack.secrets / name).unlink()
     said = stack.setup(expected=1)
     assert said.startswith(f"overlays/secure/secrets/{name}: missing; put it back from a backup")
@@ -129,7 +175,7 @@ def test_a_missing_file_is_named_with_its_mend(stack: SecureStack, name: str) ->
 
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o444, 0o620])
 @pytest.mark.parametrize("name", ["ca.key", "broker/server.key", "postgres_password"])
-def test_a_file_that_is_open_to_others_is_named_with_its_mend(
+def test_a_file_that_is_open_to_others_is_named_with_its_fix(
     stack: SecureStack, name: str, mode: int
 ) -> None:
     (stack.secrets / name).chmod(mode)
@@ -138,7 +184,7 @@ def test_a_file_that_is_open_to_others_is_named_with_its_mend(
     assert "\n" not in said
 
 
-def test_a_certificate_of_another_ca_is_named_with_its_mend(
+def test_a_certificate_of_another_ca_is_named_with_its_fix(
     stack: SecureStack, made: SecureStack
 ) -> None:
     certificate = stack.secrets / "database/server.crt"
@@ -201,10 +247,10 @@ def test_every_command_runs_from_any_folder_and_explains_itself(
 # --- device --------------------------------------------------------------------------
 
 
-def access_rights(stack: SecureStack) -> str:
-    """What the broker reads of its users' rights."""
+def access_rights(stack: SecureStack, **variables: str) -> str:
+    """What the broker reads of its users' rights, with these variables in its container."""
     command = "cd overlays/secure/secrets/broker && sh ../../users.sh acl"
-    return stack.run("sh", "-c", command).stdout
+    return stack.run("sh", "-c", command, variables=variables).stdout
 
 
 @pytest.mark.parametrize(
@@ -237,6 +283,44 @@ def test_an_id_within_the_contract_gets_two_topics_and_no_more(stack: SecureStac
         assert password not in (stack.secrets / "broker/passwords").read_text()
 
 
+@pytest.mark.parametrize(
+    ("template", "of_any", "of_one"),
+    [
+        ("", "qs/v1/+/acks", "qs/v1/a:b/acks"),
+        ("{device_id}", "+", "a:b"),
+        ("{device_id}/x", "+/x", "a:b/x"),
+        ("x/{device_id}", "x/+", "x/a:b"),
+        ("x/to-{device_id}", "x/+", "x/to-a:b"),
+        ("to-{device_id}-here/x y/z", "+/x y/z", "to-a:b-here/x y/z"),
+        ("/x/{device_id}.y/", "/x/+/", "/x/a:b.y/"),
+    ],
+)
+def test_the_rights_follow_the_topics_of_the_settings(
+    stack: SecureStack, template: str, of_any: str, of_one: str
+) -> None:
+    stack.add_device("a:b")
+    acl = access_rights(
+        stack,
+        ACK_TEMPLATE=template,
+        MQTT_EVENTS_TOPIC="my home/+",
+        MQTT_DEADLETTER_TOPIC="lost",
+        MQTT_STATUS_TOPIC="how it is",
+    ).split("\n\n")
+    assert acl[0].splitlines() == [
+        "user homelab-ingester",
+        "topic read my home/+",
+        f"topic readwrite {of_any}",
+        "topic readwrite lost",
+        "topic readwrite how it is",
+        "topic read $SYS/broker/publish/messages/dropped",
+    ]
+    assert acl[-1].splitlines() == [
+        "user a=b",
+        "topic write my home/a:b",
+        f"topic read {of_one}",
+    ]
+
+
 def test_a_device_is_added_once_and_removed_once(stack: SecureStack) -> None:
     stack.add_device("once")
     before = state(stack.secrets)
@@ -249,6 +333,57 @@ def test_a_device_is_added_once_and_removed_once(stack: SecureStack) -> None:
     assert stack.device("list") == ""
     assert "once" not in access_rights(stack)
     assert "once" not in (stack.secrets / "broker/passwords").read_text()
+
+
+def test_an_id_is_compared_as_text_and_never_as_a_number_an_option_or_a_pattern(
+    stack: SecureStack,
+) -> None:
+    alike = [
+        "7",
+        "007",
+        "7.0",
+        "7e0",
+        "0x7",
+        "nan",
+        "inf",
+        "30e628123456",
+        "-n",
+        "a.c",
+        "abc",
+        "A.C",
+    ]
+    gone = ["7", "nan", "30e628123456", "-n", "a.c"]
+    # Added as they are in the list that `add` keeps: that it works is tested above.
+    passwords = stack.secrets / "broker/passwords"
+    for device_id in alike[1:]:
+        with passwords.open("a") as file:
+            file.write(f"{device_id}:$7$101$x$y\n")
+    for device_id in ("7", "7e1", "8", "NAN", "0", ".", "a", "--"):
+        said = stack.device("remove", device_id, expected=1)
+        assert said == f"{device_id}: no such device; see device list"
+    stack.add_device("7")
+    for device_id in gone:
+        stack.device("remove", device_id)
+        assert stack.device("remove", device_id, expected=1).endswith("device list")
+    assert set(stack.device("list").splitlines()) == set(alike) - set(gone)
+    assert {"homelab-ingester", "operator"} <= {
+        line.split(":")[0] for line in passwords.read_text().splitlines()
+    }
+
+
+def test_every_password_is_kept_as_a_hash_that_a_small_machine_can_check(
+    stack: SecureStack,
+) -> None:
+    stack.add_device("hashed")
+    lines = (stack.secrets / "broker/passwords").read_text().splitlines()
+    assert len(lines) == 3
+    for line in lines:
+        assert re.fullmatch(r"[\w-]+:\$7\$\d+\$[^$]+\$[^$]+", line)  # PBKDF2-SHA512
+    # By name, so that a later image cannot choose Argon2id.
+    for image in (compose.BROKER, compose.BROKER_2_0):
+        mount = f"{stack.folder}/overlays/secure/users.sh:/users.sh:ro"
+        said = stack.run("docker", "run", "--rm", "-v", mount, image, "sh", "/users.sh", "hash")
+        assert said.stdout == "-H sha512-pbkdf2\n"
 
 
 def test_devices_that_are_added_at_once_are_all_there(stack: SecureStack) -> None:

@@ -30,18 +30,21 @@ from paho.mqtt.enums import CallbackAPIVersion
 from ingester import broker as broker_module
 from ingester import decoder as decoder_module
 from ingester import event as event_module
+from ingester import message as message_module
 from ingester.app import Daemon
-from ingester.broker import Broker, Client, Message
+from ingester.broker import Broker
+from ingester.client import Client
 from ingester.event import Event
+from ingester.message import Message
 from ingester.reply import Reply
 from ingester.settings import Settings
 from ingester.store import Outcome, Store
 from tests.conftest import CHECKOUT
-from tests.device import Device, event
-from tests.findings import find
-from tests.load import connects, load
-from tests.pipeline import Database, Pipeline, insert, restart_from, saved, wait_until
-from tests.tap import PUBACK, PUBLISH, Tap
+from tests.support.device import Device, event
+from tests.support.findings import find
+from tests.support.load import connects, load
+from tests.support.pipeline import Database, Pipeline, insert, restart_from, saved, wait_until
+from tests.support.tap import PUBACK, PUBLISH, Tap
 from tests.test_mqtt import MALFORMED
 
 # --- what is used of paho's private parts ------------------------------------------------
@@ -196,7 +199,7 @@ def test_a_batch_is_settled_by_one_send_and_read_by_far_fewer_calls_than_it_has_
         calls.clear()
         broker.settle(batch, acks_for(batch))
         assert calls["_sock_send"] == 1
-        assert broker.in_hand == 0
+        assert broker.unsettled == 0
         calls.clear()
         # MQTT 3.1.1, section 3.4: a PUBACK is four bytes.
         port = pipeline.mosquitto.port
@@ -357,7 +360,7 @@ def test_a_connection_that_brings_what_is_not_mqtt_is_ended_and_made_anew(
             line.sendall(b"\x20\x02\x00\x00" + (MALFORMED | NOT_FROM_A_BROKER)[what])
             wait_until(somebody_connects, "another connection")
             assert broker.connection == 1
-            assert broker.in_hand == 0
+            assert broker.unsettled == 0
             line.settimeout(5)
             while line.recv(4096):  # CONNECT, SUBSCRIBE, and the end
                 pass
@@ -369,7 +372,7 @@ def test_a_connection_that_brings_what_is_not_mqtt_is_ended_and_made_anew(
 def test_a_packet_that_a_lost_connection_has_begun_is_not_ended_by_the_next(
     pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(broker_module, "READ_AHEAD_BYTES", 1_001)
+    monkeypatch.setattr(Client, "READ_BYTES_MAX", 1_001)
     number = 300
     with (
         tapped(pipeline) as tap,
@@ -446,7 +449,7 @@ def settle_in_part(broker: Broker, number: int) -> None:
     batch = receive(broker, number)
     broker.settle(batch, acks_for(batch, PADDING))
     assert broker._session._client.want_write(), "the socket took it all: this tests nothing"
-    assert broker.in_hand == 0
+    assert broker.unsettled == 0
 
 
 def order_of(items: list[tuple[str, bytes]]) -> list[str]:
@@ -512,7 +515,7 @@ def test_while_the_database_works_a_batch_more_is_taken_in_hand_and_no_more(
     pipeline: Pipeline, database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The lock is released by what is called meanwhile: without it, no answer comes in time."""
-    monkeypatch.setattr(broker_module, "READ_AHEAD_BYTES", 100)  # no two packets at once
+    monkeypatch.setattr(Client, "READ_BYTES_MAX", 100)  # no two packets at once
     seen: list[int] = []
     with (
         ExitStack() as lock,
@@ -531,7 +534,7 @@ def test_while_the_database_works_a_batch_more_is_taken_in_hand_and_no_more(
 
             def serve(self) -> None:
                 broker.serve()
-                seen.append(broker.in_hand)
+                seen.append(broker.unsettled)
                 if len(seen) == 3:
                     lock.close()
 
@@ -542,11 +545,11 @@ def test_while_the_database_works_a_batch_more_is_taken_in_hand_and_no_more(
         item = Event("a", "device-1", 1, "temperature", 21.5, None, "C", None, "{}")
         assert insert(store, [item]) == [Outcome.STORED]
         store.close()
-        assert max(seen) == broker.in_hand == 20
+        assert max(seen) == broker.unsettled == 20
         assert broker.receive(10, 0) == batch  # the oldest, as before
         assert broker.sockets == []
         broker.settle(batch, acks_for(batch))
-        assert broker.in_hand == 10
+        assert broker.unsettled == 10
         for _ in range(9):
             batch = receive(broker, 10)
             broker.settle(batch, acks_for(batch))
@@ -569,7 +572,7 @@ def test_while_the_database_works_the_next_batch_is_decoded(
                 lock.close()
             return result
 
-        monkeypatch.setattr(decoder_module, "decode", decode)
+        monkeypatch.setattr(decoder_module, "decode_payload", decode)
         daemon = Daemon(Settings.from_env(pipeline.environment | {"BATCH_MAX": "10"}))
         stack.callback(daemon._broker.close, b"{}")
         stack.callback(daemon._store.close)
@@ -592,7 +595,7 @@ def test_while_the_database_works_the_next_batch_is_decoded(
 def test_what_was_too_much_to_hold_is_sent_again_even_if_each_insert_lets_messages_come_in(
     pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(broker_module, "IN_HAND_MESSAGES_MAX", 20)
+    monkeypatch.setattr(message_module, "UNSETTLED_MESSAGES_MAX", 20)
     with pipeline.device() as device, session(pipeline, BATCH_MAX="10") as broker:
         publish(device, range(50))
 
@@ -602,13 +605,13 @@ def test_what_was_too_much_to_hold_is_sent_again_even_if_each_insert_lets_messag
 
         wait_until(too_much, "more messages than may be held")
         for number in range(100, 110):
-            batch = receive(broker, min(10, broker.in_hand))
+            batch = receive(broker, min(10, broker.unsettled))
             publish(device, range(number, number + 1))
             broker.serve()  # as the Store does while the insert of the batch waits
             broker.settle(batch, acks_for(batch))
-            if not broker.in_hand:
+            if not broker.unsettled:
                 break
-        assert broker.in_hand == 0, "it is never at an end, so it does not reconnect"
+        assert broker.unsettled == 0, "it is never at an end, so it does not reconnect"
 
         def settle_rest() -> bool:
             batch = broker.receive(10, 0.1)

@@ -1,7 +1,7 @@
 """`tools/stack`, as someone without Docker runs it: the real command, with the shipped .env.
 
 What it does: runs it on free ports with its data in a folder of the test's own, types the
-commands that README.md has for it, takes its ports away, moves data of earlier releases.
+commands that the documents have for it, takes its ports away, moves data of earlier releases.
 What it does not: touch the folder that a stack of this machine's owner uses; look at the units
 (test_systemd.py does).
 
@@ -27,10 +27,9 @@ from pathlib import Path
 import pytest
 from dotenv import dotenv_values
 
-from tests.compose import copy_checkout
-from tests.device import Device, event
-from tests.test_compose import LISTENS, readme_commands
-from tests.test_tidy import chapter
+from tests.support import documents
+from tests.support.compose import copy_checkout
+from tests.support.device import Device, event
 from tools import storage
 from tools.process import CHECKOUT, LOOPBACK, OPEN_FILES, Process, SetupError, free_port, run
 from tools.stack import MQTT_CONNECT, Mosquitto
@@ -128,17 +127,20 @@ def other(up: Up) -> Iterator[dict[str, str]]:
         yield up.environment | {"STATE_DIRECTORY": str(folder / "data")}
 
 
-# --- what the README says to type ----------------------------------------------------
+# --- what the documents say to type ---------------------------------------------------
 
 
 def commands() -> list[str]:
-    """Those of the chapter, and all that have `docker compose exec`, as it says to type them."""
-    own = re.findall(r"(?m)^tools/stack exec .*", chapter("Without Docker"))
+    """Those for it, and all that have `docker compose exec`, as it says to type them."""
+    own = documents.to_type(documents.WITHOUT_DOCKER)
     assert len(own) > 5
     typed = [
-        re.sub(r"docker compose exec (-T )?\w+", "tools/stack exec", command)
-        for command in readme_commands((CHECKOUT / "README.md").read_text())
-        if command.startswith("docker compose exec ") and "/mosquitto/" not in command
+        re.sub(r"docker compose exec (-T )?\w+", "tools/stack exec", command.text)
+        for command in documents.commands()
+        if command.block == "sh"
+        and documents.stack_of(command) == documents.DEFAULT
+        and command.text.startswith("docker compose exec ")
+        and "/mosquitto/" not in command.text
     ]
     assert len(typed) > 10
     # Where there is no terminal.
@@ -157,7 +159,7 @@ def type_command(up: Up, command: str) -> str | None:
         text=True,
         start_new_session=True,
     )
-    listens = LISTENS.search(command)
+    listens = documents.GOES_ON.search(command)
     try:
         said, errors = process.communicate(timeout=3 if listens else 60)
     except subprocess.TimeoutExpired:
@@ -167,7 +169,7 @@ def type_command(up: Up, command: str) -> str | None:
     return f"{command}\nexit {process.returncode}:\n{said}{errors}" if process.returncode else None
 
 
-def test_every_command_of_the_readme_works_with_the_shipped_settings(up: Up) -> None:
+def test_every_command_of_the_documents_works_with_the_shipped_settings(up: Up) -> None:
     with ThreadPoolExecutor(8) as pool:
         wrong = [text for text in pool.map(lambda line: type_command(up, line), commands()) if text]
     assert not wrong, "\n\n".join(wrong)

@@ -18,9 +18,9 @@ import pytest
 from paho.mqtt import client as paho
 from paho.mqtt.enums import CallbackAPIVersion
 
-from tests.device import event
-from tests.load import database_down
-from tests.pipeline import Pipeline
+from tests.support.device import event
+from tests.support.load import database_down
+from tests.support.pipeline import Pipeline
 
 TOPIC = "qs/v1/ingester/status"
 FIELDS = {

@@ -15,11 +15,12 @@ from typing import Any
 
 import pytest
 
-from ingester.connection import FAULTS, Fault, StoreUnavailable, fault_of
+from ingester.connection import StoreUnavailable
 from ingester.event import Event
 from ingester.rejection import DeadLetter, Reason, Rejection
+from ingester.sqlstate import FAULTS, Fault, fault_of
 from ingester.store import Outcome, Store
-from tests.pipeline import Database, insert
+from tests.support.pipeline import Database, insert
 
 NOON = datetime(2026, 2, 10, 12, tzinfo=UTC)
 STORED, DUPLICATE, CONFLICT = Outcome.STORED, Outcome.DUPLICATE, Outcome.CONFLICT
@@ -60,7 +61,7 @@ def test_events_are_stored_once_and_come_out_in_the_order_given(
 
 def test_no_events_are_no_work(store: Store) -> None:
     assert insert(store, []) == []
-    assert store.keep([]) == []
+    assert store.insert_dead_letters([]) == []
 
 
 def test_repeats_within_a_batch_are_compared_with_the_first_of_them(
@@ -227,7 +228,7 @@ def test_an_answer_that_comes_at_once_is_an_answer_like_any_other(
     for number in range(1_000):
         store.begin_insert([make(f"bad-{number}", value_num=30.0)])
         assert "check constraint" in refused(store.finish_insert()[0])
-        store.keep([])
+        store.insert_dead_letters([])
 
 
 def test_dead_letters_are_kept_whole(store: Store, database: Database) -> None:
@@ -236,7 +237,7 @@ def test_dead_letters_are_kept_whole(store: Store, database: Database) -> None:
         DeadLetter(NOON, Reason.NOT_JSON, "bad", "qs/v1/d/events", "d", None, payload)
         for payload in payloads
     ]
-    ids = store.keep(letters)
+    ids = store.insert_dead_letters(letters)
     rows = database.query("SELECT id, reason, received_at, payload FROM dead_letters")
     kept = {(row[0], row[1], row[2], bytes(row[3])) for row in rows}
     assert kept == {
@@ -298,7 +299,7 @@ def test_every_row_of_the_table_is_tested() -> None:
 
 
 @pytest.mark.parametrize(
-    ("break_it", "mend_it", "message"),
+    ("break_it", "fix_it", "message"),
     [
         ("ALTER TABLE events RENAME TO e", "ALTER TABLE e RENAME TO events", "42P01"),
         (
@@ -309,14 +310,14 @@ def test_every_row_of_the_table_is_tested() -> None:
     ],
 )
 def test_while_the_table_is_not_as_it_should_be_no_event_is_at_fault(
-    store: Store, database: Database, break_it: str, mend_it: str, message: str
+    store: Store, database: Database, break_it: str, fix_it: str, message: str
 ) -> None:
     database.query(break_it)
     for _ in range(2):
         with pytest.raises(StoreUnavailable, match=message):
             connect_and_insert(store, [make("a"), make("b")])
         assert not store.connected  # a right may be given to new sessions only
-    database.query(mend_it)
+    database.query(fix_it)
     store.connect()
     assert insert(store, [make("a"), make("b")]) == [STORED, STORED]
 
@@ -351,7 +352,7 @@ def test_a_database_that_becomes_read_only_is_left_and_not_taken_until_it_is_wri
 def test_a_session_that_is_read_only_is_left(database: Database) -> None:
     store = Store(database.conninfo)
     store.connect()
-    store._connection.run("SELECT set_config('default_transaction_read_only', 'on', false)")
+    store.run("SELECT set_config('default_transaction_read_only', 'on', false)")
     with pytest.raises(StoreUnavailable, match="25006"):
         insert(store, [make("a")])
     assert not store.connected
@@ -480,17 +481,18 @@ def test_an_answer_is_taken_at_once_even_if_the_other_session_always_has_more(
     other_session: OtherSession,
     line: tuple[socket.socket, socket.socket],
 ) -> None:
-    def median_seconds(store: Store, name: str) -> float:
+    def quick_seconds(store: Store, name: str) -> float:
+        """Of ten the quickest: the others had to wait for a processor on a busy machine."""
         seconds = []
         for number in range(100):
             assert insert(store, [make(f"{name}-{number}")]) == [STORED]
             seconds.append(store.round_trip_seconds)
-        return statistics.median(seconds)
+        return statistics.quantiles(seconds, n=10)[0]
 
-    idle = median_seconds(store, "idle")
+    idle = quick_seconds(store, "idle")
     line[1].send(b"!")
     other_session.served = 0
-    busy = median_seconds(busy_store, "busy")
+    busy = quick_seconds(busy_store, "busy")
     print(f"one INSERT: {idle * 1000:.2f} ms, with another session {busy * 1000:.2f} ms")
     assert busy < 5 * idle
     assert other_session.served >= 100

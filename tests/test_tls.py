@@ -23,12 +23,12 @@ from typing import Any
 
 import pytest
 
-from tests.certificates import Authority, Certificate, openssl
-from tests.device import event
-from tests.findings import find
-from tests.load import connects, deliver_rest, devices, load, wait_for_acks
-from tests.pipeline import Database, Pipeline, wait_until
-from tests.proxy import Proxy
+from tests.support.certificates import Authority, Certificate, openssl
+from tests.support.device import event
+from tests.support.findings import find
+from tests.support.load import connects, deliver_rest, devices, load, wait_for_acks
+from tests.support.pipeline import Database, Pipeline, wait_until
+from tests.support.proxy import Proxy
 from tools.process import clean_environment, free_port, run
 from tools.stack import Mosquitto, Postgres, Stack
 

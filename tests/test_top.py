@@ -2,7 +2,7 @@
 
 What it does: gives the frame every kind of payload and size, runs the command with the real
 stack, in files and on real terminals (pty), and ends it in every way. What it does not: look
-at it as a person does; the README shows a frame.
+at it as a person does; docs/operating.md shows a frame.
 
 Invariant: what a view should have counted was counted by devices, or here.
 """
@@ -34,13 +34,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ingester.frame import ASCII, UNICODE, Style, frame
-from ingester.seen import PENDING_MAX, ROWS_MAX, Seen
+from ingester.tool_session import Received
+from ingester.top.frame import ASCII, UNICODE, Style, frame
+from ingester.top.traffic import PENDING_MAX, ROWS_MAX, Traffic
 from ingester.topic import Topics
-from ingester.visitor import Received
-from tests.device import Device, event
-from tests.load import database_down, load, wait_for_acks
-from tests.pipeline import Pipeline, wait_until
+from tests.support.device import Device, event
+from tests.support.load import database_down, load, wait_for_acks
+from tests.support.pipeline import Pipeline, wait_until
 from tools.process import CHECKOUT, clean_environment, free_port
 
 TOPICS = Topics(
@@ -50,8 +50,8 @@ NOON = datetime(2026, 11, 23, 12, tzinfo=UTC)
 COMMAND = (sys.executable, "-m", "ingester.top")
 
 
-class Watched(Seen):
-    """A Seen whose time the test sets, in seconds since noon."""
+class Watched(Traffic):
+    """A Traffic whose time the test sets, in seconds since noon."""
 
     def __init__(self, topics: Topics = TOPICS) -> None:
         super().__init__(topics, "broker:1883")
@@ -85,82 +85,82 @@ def status(state: str = "online", **fields: Any) -> dict[str, Any]:
 
 
 def test_events_and_acks_are_counted_one_by_one_in_arrays_too() -> None:
-    seen = Watched()
+    traffic = Watched()
     for second in range(3):
-        seen.pass_to(second)
-        seen.hear("qs/v1/a/events", event(1))
-        seen.hear("qs/v1/b/events", [event(1), {}, 7])
-        seen.hear("qs/v1/b/events", b"junk")
-        seen.hear("qs/v1/b/acks", [{"event_id": "1"}, {"event_id": None}])
-        seen.hear("qs/v1/a/acks", {"event_id": "1"})
-    seen.pass_to(3)
-    assert seen.events.history(seen.now) == [5, 5, 5]
-    assert seen.acks.per_second(seen.now) == 3
-    seen.pass_to(6)
-    assert seen.events.per_second(seen.now) == 10 / 5  # of the last 5 s, 3 were quiet
-    seen.pass_to(100)
-    assert seen.events.history(seen.now) == [0] * 60
-    seen.hear("qs/v1/a/events", event(1))
-    seen.pass_to(101)
-    assert seen.events.history(seen.now) == [0] * 59 + [1]
+        traffic.pass_to(second)
+        traffic.hear("qs/v1/a/events", event(1))
+        traffic.hear("qs/v1/b/events", [event(1), {}, 7])
+        traffic.hear("qs/v1/b/events", b"junk")
+        traffic.hear("qs/v1/b/acks", [{"event_id": "1"}, {"event_id": None}])
+        traffic.hear("qs/v1/a/acks", {"event_id": "1"})
+    traffic.pass_to(3)
+    assert traffic.events.history(traffic.now) == [5, 5, 5]
+    assert traffic.acks.per_second(traffic.now) == 3
+    traffic.pass_to(6)
+    assert traffic.events.per_second(traffic.now) == 10 / 5  # of the last 5 s, 3 were quiet
+    traffic.pass_to(100)
+    assert traffic.events.history(traffic.now) == [0] * 60
+    traffic.hear("qs/v1/a/events", event(1))
+    traffic.pass_to(101)
+    assert traffic.events.history(traffic.now) == [0] * 59 + [1]
 
 
 def test_the_latency_is_from_the_first_time_an_event_is_seen_to_its_ack() -> None:
-    seen = Watched()
+    traffic = Watched()
     for number in range(100):
-        seen.hear("qs/v1/a/events", event(number, "a"))
-        seen.hear("qs/v1/b/events", event(number, "a"))  # the same id, of another device
-        seen.pass_to(seen.now - 1_000 + (5 if number == 98 else 0.010))
-        seen.hear("qs/v1/a/events", event(number, "a"))  # sent again
-        seen.pass_to(seen.now - 1_000 + 0.010)
-        seen.hear("qs/v1/a/acks", {"event_id": f"a-{number}", "status": "stored"})
-        seen.hear("qs/v1/a/acks", {"event_id": f"a-{number}", "status": "stored"})
-    assert len(seen.latencies_ms) == 100
-    assert seen.latency_ms(0.5) == pytest.approx(20)
-    assert seen.latency_ms(0.99) == pytest.approx(20)
-    assert seen.latency_ms(1.0) == pytest.approx(5010)
-    assert seen.pending == 100
-    assert "p50 20 ms  p99 20 ms  of the last 100" in seen.text()
+        traffic.hear("qs/v1/a/events", event(number, "a"))
+        traffic.hear("qs/v1/b/events", event(number, "a"))  # the same id, of another device
+        traffic.pass_to(traffic.now - 1_000 + (5 if number == 98 else 0.010))
+        traffic.hear("qs/v1/a/events", event(number, "a"))  # sent again
+        traffic.pass_to(traffic.now - 1_000 + 0.010)
+        traffic.hear("qs/v1/a/acks", {"event_id": f"a-{number}", "status": "stored"})
+        traffic.hear("qs/v1/a/acks", {"event_id": f"a-{number}", "status": "stored"})
+    assert len(traffic.latencies_ms) == 100
+    assert traffic.latency_ms(0.5) == pytest.approx(20)
+    assert traffic.latency_ms(0.99) == pytest.approx(20)
+    assert traffic.latency_ms(1.0) == pytest.approx(5010)
+    assert traffic.pending == 100
+    assert "p50 20 ms  p99 20 ms  of the last 100" in traffic.text()
 
 
 def test_what_was_retained_is_not_taken_for_news_but_the_status_is() -> None:
-    seen = Watched()
-    seen.hear("qs/v1/a/events", event(1), retain=True)
-    seen.hear("qs/v1/a/acks", {"event_id": "device-1-1"}, retain=True)
-    seen.hear("qs/v1/deadletter", {"id": 1}, retain=True)
-    seen.hear("qs/v1/ingester/status", status(), retain=True)
-    seen.pass_to(1)
-    assert seen.events.history(seen.now) == [0]
-    assert not seen.last_events
-    assert not seen.last_dead_letters
-    assert "online since 10:58:30 (1 h 1 min)" in seen.text()
+    traffic = Watched()
+    traffic.hear("qs/v1/a/events", event(1), retain=True)
+    traffic.hear("qs/v1/a/acks", {"event_id": "device-1-1"}, retain=True)
+    traffic.hear("qs/v1/deadletter", {"id": 1}, retain=True)
+    traffic.hear("qs/v1/ingester/status", status(), retain=True)
+    traffic.pass_to(1)
+    assert traffic.events.history(traffic.now) == [0]
+    assert not traffic.last_events
+    assert not traffic.last_dead_letters
+    assert "online since 10:58:30 (1 h 1 min)" in traffic.text()
 
 
 def test_topics_of_ones_own_are_heard_and_told_apart() -> None:
     topics = Topics("site/+/up", "site/dev-{device_id}/down/x", "dead", "site/ingester/status")
-    seen = Watched(topics)
-    assert seen.subscriptions() == [
+    traffic = Watched(topics)
+    assert traffic.subscriptions() == [
         "site/+/up", "site/+/down/x", "dead", "site/ingester/status"
     ]  # fmt: skip
-    seen.hear("site/a/up", event(1, "a"))
-    seen.hear("site/other/down/x", {"event_id": "a-1"})
-    assert seen.pending == 1
-    seen.hear("site/dev-a/down/x", {"event_id": "a-1"})
-    assert seen.pending == 0
+    traffic.hear("site/a/up", event(1, "a"))
+    traffic.hear("site/other/down/x", {"event_id": "a-1"})
+    assert traffic.pending == 1
+    traffic.hear("site/dev-a/down/x", {"event_id": "a-1"})
+    assert traffic.pending == 0
 
 
 def test_what_waits_for_its_ack_is_bounded_and_the_oldest_is_forgotten() -> None:
-    seen = Watched()
+    traffic = Watched()
     for number in range(PENDING_MAX + 5_000):
-        seen.hear("qs/v1/a/events", event(number, "a"))
-    assert seen.pending == PENDING_MAX
-    seen.hear("qs/v1/a/acks", {"event_id": "a-4999"})
-    seen.hear("qs/v1/a/acks", {"event_id": "a-5000"})
-    assert seen.pending == PENDING_MAX - 1
+        traffic.hear("qs/v1/a/events", event(number, "a"))
+    assert traffic.pending == PENDING_MAX
+    traffic.hear("qs/v1/a/acks", {"event_id": "a-4999"})
+    traffic.hear("qs/v1/a/acks", {"event_id": "a-5000"})
+    assert traffic.pending == PENDING_MAX - 1
 
 
 def test_a_flood_of_the_largest_payloads_is_kept_in_bounded_memory() -> None:
-    seen = Watched()
+    traffic = Watched()
     long = "x" * 60_000
     payloads = (
         ("qs/v1/a/events", event(long, value=long, event_type="t")),
@@ -177,13 +177,13 @@ def test_a_flood_of_the_largest_payloads_is_kept_in_bounded_memory() -> None:
     tracemalloc.start()
     for _ in range(ROWS_MAX):
         for topic, payload in encoded:
-            seen.hear(topic, payload)
+            traffic.hear(topic, payload)
     kept, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert len(seen.last_events) == len(seen.last_dead_letters) == ROWS_MAX
+    assert len(traffic.last_events) == len(traffic.last_dead_letters) == ROWS_MAX
     assert kept < len(long) * ROWS_MAX / 10
-    seen.hear("qs/v1/a/events", [event(1, value="x" * 300_000)])
-    assert seen.last_events[-1].value.startswith("too large: 300")
+    traffic.hear("qs/v1/a/events", [event(1, value="x" * 300_000)])
+    assert traffic.last_events[-1].value.startswith("too large: 300")
 
 
 # --- one frame -----------------------------------------------------------------------
@@ -244,14 +244,14 @@ HEARD = st.tuples(
 def test_no_frame_is_larger_than_the_terminal_or_controls_it(
     heard: list[tuple[str, bytes]], columns: int, rows: int, style: Style, is_lost: bool
 ) -> None:
-    seen = Watched()
+    traffic = Watched()
     for number, (topic, payload) in enumerate(heard):
-        seen.pass_to(number * 0.7)
-        seen.hear(topic, payload)
-    seen.pass_to(20)
+        traffic.pass_to(number * 0.7)
+        traffic.hear(topic, payload)
+    traffic.pass_to(20)
     if is_lost:
-        seen.lost("MQTT: \x1b[31m" + "x" * 200)
-    lines = frame(seen, columns, rows, style)
+        traffic.lost("MQTT: \x1b[31m" + "x" * 200)
+    lines = frame(traffic, columns, rows, style)
     assert len(lines) <= rows
     for line in lines:
         assert columns_of(line) <= columns
@@ -260,17 +260,17 @@ def test_no_frame_is_larger_than_the_terminal_or_controls_it(
 
 
 def test_each_kind_of_line_is_where_one_looks_for_it() -> None:
-    seen = Watched()
-    seen.hear(TOPICS.status, status())
+    traffic = Watched()
+    traffic.hear(TOPICS.status, status())
     for number in range(30):
-        seen.pass_to(number)
-        seen.hear("qs/v1/esp/events", event(number, "esp", value=number, unit="C"))
-    seen.hear("qs/v1/esp/events", b'{"cut": ')
-    seen.hear(TOPICS.deadletter, {"id": 17, "reason": "not_json", "device_id": "esp",
+        traffic.pass_to(number)
+        traffic.hear("qs/v1/esp/events", event(number, "esp", value=number, unit="C"))
+    traffic.hear("qs/v1/esp/events", b'{"cut": ')
+    traffic.hear(TOPICS.deadletter, {"id": 17, "reason": "not_json", "device_id": "esp",
                                   "error": "line 1"})  # fmt: skip
-    seen.hear(TOPICS.deadletter, b"not one of ours")
-    seen.hear(TOPICS.status, status())
-    lines = frame(seen, 80, 24)
+    traffic.hear(TOPICS.deadletter, b"not one of ours")
+    traffic.hear(TOPICS.status, status())
+    lines = frame(traffic, 80, 24)
     assert lines[0] == "homelab ingester 9.8.7".ljust(68) + "12:00:29 UTC"
     assert lines[1:7] == [
         "ingester  online since 10:58:30 (1 h 1 min)",
@@ -292,15 +292,15 @@ def test_each_kind_of_line_is_where_one_looks_for_it() -> None:
         "12:00:29  17  not_json  esp  line 1",
     ]
     assert len(lines) == 24
-    assert seen.text(80, 24, ASCII).count("#") == 29
+    assert traffic.text(80, 24, ASCII).count("#") == 29
 
 
 def test_a_small_terminal_shows_what_matters_most() -> None:
-    seen = Watched()
-    seen.hear(TOPICS.status, status())
-    seen.hear("qs/v1/esp/events", [event(1, "esp"), event(2, "esp"), event(3, "esp")])
-    seen.hear(TOPICS.deadletter, {"id": 17})
-    lines = frame(seen, 40, 10)
+    traffic = Watched()
+    traffic.hear(TOPICS.status, status())
+    traffic.hear("qs/v1/esp/events", [event(1, "esp"), event(2, "esp"), event(3, "esp")])
+    traffic.hear(TOPICS.deadletter, {"id": 17})
+    lines = frame(traffic, 40, 10)
     assert len(lines) == 10
     assert [line.split()[0] for line in lines[:5]] == [
         "ingester", "broker", "database", "ACKs", "events/s"
@@ -312,11 +312,11 @@ def test_a_small_terminal_shows_what_matters_most() -> None:
 
 
 def test_a_wide_character_takes_two_columns_and_one_on_top_of_another_none() -> None:
-    seen = Watched()
+    traffic = Watched()
     for value in ("温" * 100, "a\u0301" * 100, "温b" * 100):
-        seen.hear("qs/v1/度/events", event(1, value=value, event_type="温度計"))
-    seen.hear("qs/v1/esp/events", event(1, event_type="door"))
-    lines = frame(seen, 40, 24)
+        traffic.hear("qs/v1/度/events", event(1, value=value, event_type="温度計"))
+    traffic.hear("qs/v1/esp/events", event(1, event_type="door"))
+    lines = frame(traffic, 40, 24)
     begin = lines.index("LAST EVENTS") + 1
     assert lines[begin : begin + 4] == [
         "12:00:00  esp  door    21.5",
@@ -327,12 +327,12 @@ def test_a_wide_character_takes_two_columns_and_one_on_top_of_another_none() -> 
 
 
 def test_every_line_of_the_terminal_is_used_and_no_table_is_left_without_one() -> None:
-    seen = Watched()
+    traffic = Watched()
     for number in range(100):
-        seen.hear("qs/v1/esp/events", event(number))
-        seen.hear(TOPICS.deadletter, {"id": number})
+        traffic.hear("qs/v1/esp/events", event(number))
+        traffic.hear(TOPICS.deadletter, {"id": number})
     for rows in range(60):
-        lines = frame(seen, 80, rows)
+        lines = frame(traffic, 80, rows)
         assert len(lines) == rows
         assert "none yet" not in lines
         assert ("LAST DEAD LETTERS" in lines) == (rows >= 9)
@@ -340,10 +340,10 @@ def test_every_line_of_the_terminal_is_used_and_no_table_is_left_without_one() -
 
 
 def test_a_status_of_nonsense_is_shown_as_not_known() -> None:
-    seen = Watched()
+    traffic = Watched()
     nonsense: list[Any] = [True, "7", [], -1, 1e300, float("nan"), None]
     for number in nonsense:
-        seen.hear(
+        traffic.hear(
             TOPICS.status,
             status(
                 in_hand=number,
@@ -353,45 +353,45 @@ def test_a_status_of_nonsense_is_shown_as_not_known() -> None:
                 since=number,
             ),
         )
-        assert "queues    in hand ?  dropped by the broker ?" in seen.text()
-        assert "answers in ?" in seen.text()
-        assert "stored 1  duplicates ?  rejected ?" in seen.text()
-    seen.hear(TOPICS.status, [status()])
-    assert "unknown: its status cannot be read" in seen.text()
+        assert "queues    in hand ?  dropped by the broker ?" in traffic.text()
+        assert "answers in ?" in traffic.text()
+        assert "stored 1  duplicates ?  rejected ?" in traffic.text()
+    traffic.hear(TOPICS.status, [status()])
+    assert "unknown: its status cannot be read" in traffic.text()
 
 
 def test_the_state_is_told_from_the_last_status_and_from_its_absence() -> None:
-    seen = Watched()
-    assert "ingester  unknown: no status has been heard" in seen.text()
-    seen.hear(TOPICS.status, status("waiting_for_database"))
-    assert "ingester  waiting_for_database since 10:58:30" in seen.text()
-    assert "database  ingester: not connected  events wait in the broker" in seen.text()
-    seen.pass_to(24)
-    assert "silent" not in seen.text()
-    seen.pass_to(26)
-    assert "ingester  silent for 26 s; was waiting_for_database since" in seen.text()
-    seen.hear(TOPICS.status, {"state": "offline"})
-    assert "ingester  offline since 12:00:26 (0 s)\n" in seen.text()
-    seen.hear(TOPICS.status, {"state": "offline"}, retain=True)
-    assert "ingester  offline\n" in seen.text()
-    assert "broker    ingester: not connected  view: connected" in seen.text()
-    assert "database  ingester: unknown" in seen.text()
-    assert "stored 12,345" in seen.text()  # the last that it said
-    seen.pass_to(600)
-    assert "silent" not in seen.text()
-    seen.hear(TOPICS.status, b"{")
-    assert "ingester  unknown: its status cannot be read" in seen.text()
-    seen.hear(TOPICS.status, status(since="2026-11-21T10:00:00.000Z"))
-    assert "ingester  online since 2026-11-21 10:00 (2 d 2 h)" in seen.text()
-    seen.lost("MQTT: broker:1883: gone")
-    seen.pass_to(601)
-    seen.lost("MQTT: broker:1883: still gone")
-    assert "ingester  unknown; was online since" in seen.text()
-    assert "view: not connected since 12:10:00, trying again\n" in seen.text()
-    assert "\nMQTT: broker:1883: still gone\n" in seen.text()
-    assert "database" not in seen.text()
-    seen.connected()
-    assert "ingester  unknown: no status has been heard" in seen.text()
+    traffic = Watched()
+    assert "ingester  unknown: no status has been heard" in traffic.text()
+    traffic.hear(TOPICS.status, status("waiting_for_database"))
+    assert "ingester  waiting_for_database since 10:58:30" in traffic.text()
+    assert "database  ingester: not connected  events wait in the broker" in traffic.text()
+    traffic.pass_to(24)
+    assert "silent" not in traffic.text()
+    traffic.pass_to(26)
+    assert "ingester  silent for 26 s; was waiting_for_database since" in traffic.text()
+    traffic.hear(TOPICS.status, {"state": "offline"})
+    assert "ingester  offline since 12:00:26 (0 s)\n" in traffic.text()
+    traffic.hear(TOPICS.status, {"state": "offline"}, retain=True)
+    assert "ingester  offline\n" in traffic.text()
+    assert "broker    ingester: not connected  view: connected" in traffic.text()
+    assert "database  ingester: unknown" in traffic.text()
+    assert "stored 12,345" in traffic.text()  # the last that it said
+    traffic.pass_to(600)
+    assert "silent" not in traffic.text()
+    traffic.hear(TOPICS.status, b"{")
+    assert "ingester  unknown: its status cannot be read" in traffic.text()
+    traffic.hear(TOPICS.status, status(since="2026-11-21T10:00:00.000Z"))
+    assert "ingester  online since 2026-11-21 10:00 (2 d 2 h)" in traffic.text()
+    traffic.lost("MQTT: broker:1883: gone")
+    traffic.pass_to(601)
+    traffic.lost("MQTT: broker:1883: still gone")
+    assert "ingester  unknown; was online since" in traffic.text()
+    assert "view: not connected since 12:10:00, trying again\n" in traffic.text()
+    assert "\nMQTT: broker:1883: still gone\n" in traffic.text()
+    assert "database" not in traffic.text()
+    traffic.connected()
+    assert "ingester  unknown: no status has been heard" in traffic.text()
 
 
 # --- the command, without a terminal ---------------------------------------------------
@@ -734,16 +734,16 @@ def test_whatever_ends_it_leaves_the_terminal_as_it_was(running: Pipeline) -> No
 DESERTED = """
 import select, sys
 from datetime import UTC, datetime
-from ingester.seen import Seen
+from ingester.top.traffic import Traffic
 from ingester.settings import Settings
-from ingester.top import Screen
+from ingester.top.__main__ import Screen
 
 kind, *names = sys.argv[1:]
-seen = Seen(Settings.from_env({name: "x" for name in names}).topics, "broker:1883")
+traffic = Traffic(Settings.from_env({name: "x" for name in names}).topics, "broker:1883")
 with Screen().taken() as screen:
     for seconds in range(0, 1000, 10):
-        seen.tick(seconds, datetime.now(UTC))
-        if not screen.turn(seen):
+        traffic.tick(seconds, datetime.now(UTC))
+        if not screen.turn(traffic):
             break
         if kind == "answering" and seconds == 0:
             select.select([0], [], [])

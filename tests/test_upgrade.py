@@ -11,8 +11,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.device import event
-from tests.pipeline import Database, Pipeline, wait_until
+from tests.support.device import event
+from tests.support.pipeline import Database, Pipeline, wait_until
 from tools.process import CHECKOUT, StackError, clean_environment, run
 from tools.stack import Stack
 

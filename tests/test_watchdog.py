@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.pipeline import Pipeline, wait_until
+from tests.support.pipeline import Pipeline, wait_until
 from tools.stack import Ingester
 
 # Nobody else's, and nothing leaves this machine. Two, and a domain to search, are what takes

@@ -11,6 +11,7 @@ import errno
 import functools
 import glob
 import hashlib
+import itertools
 import os
 import pwd
 import random
@@ -63,14 +64,19 @@ def port_is_free(port: int, host: str = "") -> bool:
     return not port_problem(port, host)
 
 
+# From below the range of outgoing connections: in there, a client that keeps trying to reach a
+# stopped server sooner or later connects to itself and takes the port away.
+PORTS = range(20_000, 32_000)
+_port_numbers = itertools.count(random.randrange(len(PORTS)))
+
+
 def free_port() -> int:
-    """A port of 127.0.0.1 that nobody listens on."""
-    # From below the range of outgoing connections: in there, a client that keeps trying to
-    # reach a stopped server sooner or later connects to itself and takes the port away.
-    for port in random.sample(range(20_000, 32_000), 500):
+    """A port of 127.0.0.1 that nobody listens on, and another one at each call."""
+    for _ in PORTS:
+        port = PORTS[next(_port_numbers) % len(PORTS)]
         if port_is_free(port, LOOPBACK):
             return port
-    raise StackError("no free port between 20000 and 32000")
+    raise StackError(f"no free port between {PORTS[0]} and {PORTS[-1]}")
 
 
 def open_files_max() -> int:

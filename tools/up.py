@@ -72,8 +72,8 @@ class LogPrinter:
 def read_settings() -> dict[str, str]:
     """The variables of .env; as for Compose, one of the calling shell wins."""
     defaults = DATABASE | {variable: standard for _, variable, standard in LISTENERS}
-    in_file = {key: value or "" for key, value in dotenv_values(CHECKOUT / ".env").items()}
-    settings = defaults | in_file
+    file = dotenv_values(CHECKOUT / ".env", interpolate=False)
+    settings = defaults | {key: value or "" for key, value in file.items()}
     settings |= {key: os.environ[key] for key in settings if key in os.environ}
     return settings | {key: value for key, value in defaults.items() if not settings[key]}
 
@@ -130,7 +130,7 @@ def describe(stack: Stack, settings: Mapping[str, str], offset: int) -> None:
         "",
         f"  hear ACKs:  {beside} mosquitto_sub -v -t {shlex.quote(acks)}",
         f"  publish:    {beside} mosquitto_pub -q 1 -t {shlex.quote(events)} -m '{event}'",
-        f"  query:      {beside} psql -c '{query}'",
+        f"  query:      {beside} psql -P pager=off -c '{query}'",
         f"  data, logs: {stack.folder}",
         "",
         "Ctrl-C stops all three; the data stays.",

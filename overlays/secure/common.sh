@@ -10,7 +10,7 @@ checkout=$(CDPATH='' cd -- "$here/../.." && pwd -P)
 IMAGE=eclipse-mosquitto:2
 
 die() {
-    echo "$*" >&2
+    printf '%s\n' "$*" >&2
     exit 1
 }
 
@@ -23,13 +23,15 @@ no_docker() {
 in_container() {
     folder=$1
     shift
+    mkdir -p "$checkout/mosquitto/data"
     docker run --rm --interactive --network none --user 0 --entrypoint '' --workdir /mounted \
         --mount "type=bind,source=$folder,target=/mounted" \
         --mount "type=bind,source=$here/users.sh,target=/users.sh,readonly" \
+        --mount "type=bind,source=$checkout/mosquitto/data,target=/data" \
         "$IMAGE" "$@"
 }
 
-# users FOLDER COMMAND...: see users.sh. FOLDER is the broker's.
+# users FOLDER COMMAND...: see users.sh. FOLDER is the broker's, of secrets.
 users() {
     folder=$1
     shift
@@ -41,6 +43,9 @@ compose() {
         -f "$here/docker-compose.yml" "$@"
 }
 
+# is_up SERVICE: also if it is paused or starts anew just now. Ends all if Docker cannot say.
 is_up() {
-    [ -n "$(compose ps --status running --quiet "$1")" ]
+    found=$(compose ps --status running --status paused --status restarting --quiet "$1") ||
+        die "Docker cannot say whether $1 is running; nothing changed"
+    [ -n "$found" ]
 }

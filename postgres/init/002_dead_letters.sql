@@ -27,7 +27,7 @@ COMMENT ON TABLE dead_letters IS
 COMMENT ON COLUMN dead_letters.id IS 'The id that the published dead letter carries.';
 COMMENT ON COLUMN dead_letters.received_at IS
     'When the ingester first received it, by the ingester''s clock.';
-COMMENT ON COLUMN dead_letters.reason IS 'Stable code of the reason; the README lists them.';
+COMMENT ON COLUMN dead_letters.reason IS 'Stable code of the reason; docs/contract.md lists them.';
 COMMENT ON COLUMN dead_letters.error IS
     'The reason in words, as it was the last time: which field, what was expected.';
 COMMENT ON COLUMN dead_letters.topic IS 'The topic that it was published on.';

@@ -14,7 +14,7 @@ from itertools import islice
 from typing import NamedTuple
 
 from ingester.progress import STATUS_SECONDS, State
-from ingester.seen import Rate, Seen, Status
+from ingester.top.traffic import Rate, Status, Traffic
 
 # What stays of the head on a small terminal, and what the tables get before the head has more.
 HEAD_LINES_MIN = 5
@@ -38,38 +38,38 @@ UNICODE = Style("▁▂▃▄▅▆▇█", "…", is_ascii=False)
 ASCII = Style("_.:-=+*#", "~", is_ascii=True)
 
 
-def frame(seen: Seen, columns: int, rows: int, style: Style = UNICODE) -> list[str]:
+def frame(traffic: Traffic, columns: int, rows: int, style: Style = UNICODE) -> list[str]:
     """Return the lines to show on a terminal of this size."""
-    lines = _head(seen, columns, rows, style)
+    lines = _head(traffic, columns, rows, style)
     left = rows - len(lines)
     gap = [""] if left >= TABLE_LINES_MIN else []
     heading = len(gap) + 1
     # A third for the dead letters, if there are as many; at least one, if there is room.
-    letters = min(max(1, left // 3 - heading), max(1, len(seen.last_dead_letters)))
+    letters = min(max(1, left // 3 - heading), max(1, len(traffic.last_dead_letters)))
     letters = letters if left >= 2 * heading + 2 else 0
     events = left - heading - (letters + heading if letters else 0)
-    lines += [*gap, "LAST EVENTS", *_events(seen, columns, events, style)]
+    lines += [*gap, "LAST EVENTS", *_events(traffic, columns, events, style)]
     if letters:
-        lines += [*gap, "LAST DEAD LETTERS", *_dead_letters(seen, columns, letters, style)]
+        lines += [*gap, "LAST DEAD LETTERS", *_dead_letters(traffic, columns, letters, style)]
     return [_fit(_clean(line.rstrip(), style), columns, style) for line in lines[:rows]]
 
 
-def _head(seen: Seen, columns: int, rows: int, style: Style) -> list[str]:
+def _head(traffic: Traffic, columns: int, rows: int, style: Style) -> list[str]:
     """Return what is above the tables: on a small terminal the most important lines alone."""
-    version = _clean(seen.facts.version or "", style)
-    title = f"homelab ingester {version}".ljust(columns - 12) + f"{seen.at:%H:%M:%S} UTC"
-    events, acks = seen.events, seen.acks
+    version = _clean(traffic.facts.version or "", style)
+    title = f"homelab ingester {version}".ljust(columns - 12) + f"{traffic.at:%H:%M:%S} UTC"
+    events, acks = traffic.events, traffic.acks
     ranked = [
         (7, title),
-        (0, _labelled("ingester", _state(seen))),
-        (1, _labelled("broker", _broker(seen))),
+        (0, _labelled("ingester", _state(traffic))),
+        (1, _labelled("broker", _broker(traffic))),
         # Without a connection we do not know it, and the error may be long.
-        (2, _labelled("database", _database(seen)) if seen.is_connected else seen.error),
-        (5, _labelled("in all", _counters(seen.facts))),
-        (6, _labelled("queues", _queues(seen.facts))),
-        (4, _labelled("ACKs", _latency(seen))),
-        (3, _labelled("events/s", _rate(events, seen.now, columns, style))),
-        (8, _labelled("ACKs/s", _rate(acks, seen.now, columns, style))),
+        (2, _labelled("database", _database(traffic)) if traffic.is_connected else traffic.error),
+        (5, _labelled("in all", _counters(traffic.facts))),
+        (6, _labelled("queues", _queues(traffic.facts))),
+        (4, _labelled("ACKs", _latency(traffic))),
+        (3, _labelled("events/s", _rate(events, traffic.now, columns, style))),
+        (8, _labelled("ACKs/s", _rate(acks, traffic.now, columns, style))),
     ]
     number = max(HEAD_LINES_MIN, rows - TABLE_LINES_MIN)
     return [line for rank, line in ranked if rank < number][:rows]
@@ -79,39 +79,39 @@ def _labelled(label: str, text: str) -> str:
     return label.ljust(LABEL_COLUMNS) + text
 
 
-def _state(seen: Seen) -> str:
-    status = seen.status
+def _state(traffic: Traffic) -> str:
+    status = traffic.status
     if status is None:
         return "unknown: no status has been heard"
     if status.state is None:
         return "unknown: its status cannot be read"
     text = str(status.state)
     if status.since:
-        text += f" since {_moment(status.since, seen.at)}"
-        text += f" ({_span((seen.at - status.since).total_seconds())})"
-    if not seen.is_connected:
+        text += f" since {_moment(status.since, traffic.at)}"
+        text += f" ({_span((traffic.at - status.since).total_seconds())})"
+    if not traffic.is_connected:
         text = f"unknown; was {text}"
-    elif status.state is not State.OFFLINE and seen.status_age_seconds > STATUS_SECONDS_MAX:
-        text = f"silent for {_span(seen.status_age_seconds)}; was {text}"
+    elif status.state is not State.OFFLINE and traffic.status_age_seconds > STATUS_SECONDS_MAX:
+        text = f"silent for {_span(traffic.status_age_seconds)}; was {text}"
     return text
 
 
-def _broker(seen: Seen) -> str:
-    if not seen.is_connected:
-        return f"view: not connected since {_moment(seen.changed_at, seen.at)}, trying again"
-    state = seen.status.state if seen.status else None
+def _broker(traffic: Traffic) -> str:
+    if not traffic.is_connected:
+        return f"view: not connected since {_moment(traffic.changed_at, traffic.at)}, trying again"
+    state = traffic.status.state if traffic.status else None
     words = {None: "unknown", State.OFFLINE: "not connected"}
     ingester = words.get(state, "connected")
-    return f"ingester: {ingester}  view: connected  ({seen.broker})"
+    return f"ingester: {ingester}  view: connected  ({traffic.broker})"
 
 
-def _database(seen: Seen) -> str:
-    state = seen.status.state if seen.status else None
+def _database(traffic: Traffic) -> str:
+    state = traffic.status.state if traffic.status else None
     if state in (None, State.OFFLINE):
         return "ingester: unknown"
     if state is State.WAITING_FOR_DATABASE:
         return "ingester: not connected  events wait in the broker"
-    milliseconds = seen.facts.database_round_trip_ms
+    milliseconds = traffic.facts.database_round_trip_ms
     return f"ingester: connected  answers in {_milliseconds(milliseconds)}"
 
 
@@ -127,11 +127,11 @@ def _queues(facts: Status) -> str:
     return f"in hand {in_hand}  dropped by the broker {dropped}"
 
 
-def _latency(seen: Seen) -> str:
-    half, most = seen.latency_ms(0.5), seen.latency_ms(0.99)
+def _latency(traffic: Traffic) -> str:
+    half, most = traffic.latency_ms(0.5), traffic.latency_ms(0.99)
     if half is None:
         return "none yet for an event that was seen"
-    last = f"of the last {len(seen.latencies_ms):,}"
+    last = f"of the last {len(traffic.latencies_ms):,}"
     return f"p50 {_milliseconds(half)}  p99 {_milliseconds(most)}  {last}"
 
 
@@ -148,23 +148,23 @@ def _rate(rate: Rate, now: float, columns: int, style: Style) -> str:
     return text + "".join(style.bars[height] for height in heights)
 
 
-def _events(seen: Seen, columns: int, rows: int, style: Style) -> list[str]:
+def _events(traffic: Traffic, columns: int, rows: int, style: Style) -> list[str]:
     return _table(
         [
             (f"{event.at:%H:%M:%S}", event.device_id, event.event_type, event.value)
-            for event in islice(reversed(seen.last_events), max(0, rows))
+            for event in islice(reversed(traffic.last_events), max(0, rows))
         ],
         columns,
         style,
     )
 
 
-def _dead_letters(seen: Seen, columns: int, rows: int, style: Style) -> list[str]:
+def _dead_letters(traffic: Traffic, columns: int, rows: int, style: Style) -> list[str]:
     return _table(
         [
             (f"{letter.at:%H:%M:%S}", letter.letter_id, letter.reason, letter.device_id,
              letter.error)
-            for letter in islice(reversed(seen.last_dead_letters), max(0, rows))
+            for letter in islice(reversed(traffic.last_dead_letters), max(0, rows))
         ],
         columns,
         style,

@@ -25,7 +25,7 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from psycopg2.extensions import make_dsn
 
-from tests.compose import Compose
+from tests.support.compose import Compose
 
 OVERLAY = ("docker-compose.yml", "overlays/secure/docker-compose.yml")
 SECRETS = "overlays/secure/secrets"
@@ -75,6 +75,13 @@ class SecureStack(Compose):
         """What stands in a file of secrets/."""
         return (self.secrets / name).read_text().strip()
 
+    def broker_memory(self) -> int:
+        """How many bytes the broker may take."""
+        text = (self.folder / "overlays/secure/mosquitto.conf").read_text()
+        limit = re.search(r"^memory_limit (\d+)$", text, re.MULTILINE)
+        assert limit, text
+        return int(limit[1])
+
     def client(self, device_id: str, **options: Any) -> "Client":
         """A device that was added, or the operator, not connected yet."""
         options.setdefault("password", self.passwords.get(device_id))
@@ -107,7 +114,7 @@ class SecureStack(Compose):
 
 
 class Client:
-    """An MQTT 5 client over TLS; 5, because there the broker says what it refuses.
+    """An MQTT client over TLS; of MQTT 5, because there the broker says what it refuses.
 
     `user` None is anonymous. Use as a context manager: connects, and fails if that is refused.
     """
@@ -124,20 +131,30 @@ class Client:
         transport: Literal["tcp", "websockets"] = "tcp",
         will: tuple[str, object] | None = None,
         session_seconds: int = 0,
+        protocol: MQTTProtocolVersion = MQTTProtocolVersion.MQTTv5,
     ) -> None:
-        """`ca` None is plain text; `will` is a topic and an event."""
+        """`ca` None is plain text; `will` is a topic and an event. MQTT 3.1.1 keeps its session."""
         self.user = user
+        self.session_present: bool | None = None  # as the broker said when we connected
         self.messages: queue.Queue[tuple[str, bytes]] = queue.Queue()
         self.answers: queue.Queue[tuple[str, Any]] = queue.Queue()
         self.ended = threading.Event()  # by the broker, or by us
         self._address = (host, port)
-        self._session_seconds = session_seconds
+        self._connecting: dict[str, Any] = {}
+        older: dict[str, Any] = {}
+        if protocol == MQTTProtocolVersion.MQTTv5:
+            properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
+            properties.SessionExpiryInterval = session_seconds
+            self._connecting = {"clean_start": False, "properties": properties}
+        else:
+            client_id, older = client_id or str(user), {"clean_session": False}
         self._client = paho.Client(
             CallbackAPIVersion.VERSION2,
             client_id=client_id,
-            protocol=MQTTProtocolVersion.MQTTv5,
+            protocol=protocol,
             transport=transport,
             reconnect_on_failure=False,
+            **older,
         )
         self._client.max_inflight_messages_set(0)
         if ca:
@@ -147,7 +164,7 @@ class Client:
         if will:
             self._client.will_set(will[0], json.dumps(will[1]), qos=1)
         answers = self.answers
-        self._client.on_connect = lambda *a: answers.put(("CONNACK", str(a[3])))
+        self._client.on_connect = lambda *a: answers.put(("CONNACK", (a[2], str(a[3]))))
         self._client.on_subscribe = lambda *a: answers.put(("SUBACK", str(a[3][0])))
         self._client.on_publish = lambda *a: answers.put(("PUBACK", (a[2], str(a[3]))))
         self._client.on_message = lambda _c, _u, m: self.messages.put((m.topic, bytes(m.payload)))
@@ -155,11 +172,11 @@ class Client:
 
     def connect(self) -> str:
         """Connect; return the broker's answer. TLS that fails raises ssl.SSLError."""
-        properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
-        properties.SessionExpiryInterval = self._session_seconds
-        self._client.connect(*self._address, clean_start=False, properties=properties)
+        self._client.connect(*self._address, **self._connecting)
         self._client.loop_start()
-        return str(self._answer("CONNACK"))
+        flags, reason = self._answer("CONNACK")
+        self.session_present = flags.session_present
+        return str(reason)
 
     def subscribe(self, topic: str) -> str:
         """Subscribe; return the broker's answer."""

@@ -1,6 +1,6 @@
 """The real ingester, which kills itself by SIGKILL at a named step: for the fault tests.
 
-    python -m tests.kill_at STEP N
+    python -m tests.support.kill_at STEP N
 
 What it does: puts the kill around a method of Store or of Broker, from outside, and runs
 ingester.app. What it does not: change what those do, or ask shipped code for a hook.

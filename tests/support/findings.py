@@ -12,8 +12,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.device import Device
-from tests.pipeline import Database
+from tests.support.device import Device
+from tests.support.pipeline import Database
 
 BEGIN, END = "<!-- faults: begin -->", "<!-- faults: end -->"
 

@@ -14,7 +14,7 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from tests.proxy import Connection, Direction, Flow, Proxy
+from tests.support.proxy import Connection, Direction, Flow, Proxy
 
 # MQTT 3.1.1, section 2.2.1: the packet types that are looked at.
 PUBLISH, PUBACK, PUBREC, PUBREL, PUBCOMP = 3, 4, 5, 6, 7

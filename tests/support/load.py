@@ -1,8 +1,8 @@
 """Devices under load: they publish while something goes wrong, and see it through.
 
 What it does: lets devices publish at a steady rate while a `with` block makes a fault and
-mends it, and looks from outside at what the ingester says and takes meanwhile. What it does
-not: check the promise; that is find() in tests/findings.py.
+fixes it, and looks from outside at what the ingester says and takes meanwhile. What it does
+not: check the promise; that is find() in tests/support/findings.py.
 
 Invariant: nothing is published any more when a block is left, whatever happened in it.
 """
@@ -14,8 +14,8 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
-from tests.device import Device, event
-from tests.pipeline import Database, Pipeline, wait_until
+from tests.support.device import Device, event
+from tests.support.pipeline import Database, Pipeline, wait_until
 from tools.process import Process, clean_environment, run
 
 TURN_SECONDS = 0.01

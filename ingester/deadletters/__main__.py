@@ -25,13 +25,13 @@ from typing import NoReturn
 from dotenv import load_dotenv
 
 from ingester.connection import StoreUnavailable
+from ingester.deadletters.table import STORED, Count, DeadLetterTable, Filter, Letter
+from ingester.deadletters.terminal import Ticker, columns, payload_lines, printable
 from ingester.event import SCHEMA, decode
-from ingester.letterbox import STORED, Count, Filter, Letter, Letterbox
 from ingester.rejection import Reason, Rejection
 from ingester.reply import timestamp
 from ingester.settings import Settings, SettingsError
-from ingester.terminal import Ticker, columns, payload_lines, printable
-from ingester.visitor import BrokerUnavailable, Visitor
+from ingester.tool_session import BrokerUnavailable, ToolSession
 
 DEVICE_COLUMNS_MAX = 24
 ID_MAX = 2**63 - 1  # PostgreSQL's BIGINT
@@ -56,7 +56,7 @@ class Parser(argparse.ArgumentParser):
 def main() -> int:
     """Run one command; return the exit code."""
     arguments = _parser().parse_args()
-    load_dotenv(".env")
+    load_dotenv(".env", interpolate=False)
     if isinstance(sys.stdout, io.TextIOWrapper):  # in a locale that lacks a character
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -77,10 +77,10 @@ def main() -> int:
     return 2
 
 
-def _connect(settings: Settings) -> Letterbox:
-    letterbox = Letterbox(settings.database)
-    letterbox.connect()
-    return letterbox
+def _connect(settings: Settings) -> DeadLetterTable:
+    table = DeadLetterTable(settings.database)
+    table.connect()
+    return table
 
 
 def _parser() -> Parser:
@@ -149,9 +149,9 @@ def _number(text: str) -> int:
 # --- the commands --------------------------------------------------------------------
 
 
-def _list(arguments: argparse.Namespace, _settings: Settings, letterbox: Letterbox) -> int:
+def _list(arguments: argparse.Namespace, _settings: Settings, table: DeadLetterTable) -> int:
     which = _filter(arguments)
-    letters, counts = letterbox.newest(which, arguments.limit), letterbox.counts(which)
+    letters, counts = table.newest(which, arguments.limit), table.counts(which)
     if arguments.json:
         document = {
             "counts": {
@@ -167,9 +167,9 @@ def _list(arguments: argparse.Namespace, _settings: Settings, letterbox: Letterb
     return 0
 
 
-def _show(arguments: argparse.Namespace, _settings: Settings, letterbox: Letterbox) -> int:
-    letter = _known([arguments.id], letterbox)[0]
-    payload = letterbox.payload(letter)
+def _show(arguments: argparse.Namespace, _settings: Settings, table: DeadLetterTable) -> int:
+    letter = _known([arguments.id], table)[0]
+    payload = table.payload(letter)
     if arguments.raw:
         sys.stdout.buffer.write(payload)
         return 0
@@ -180,11 +180,11 @@ def _show(arguments: argparse.Namespace, _settings: Settings, letterbox: Letterb
     return 0
 
 
-def _replay(arguments: argparse.Namespace, settings: Settings, letterbox: Letterbox) -> int:
+def _replay(arguments: argparse.Namespace, settings: Settings, table: DeadLetterTable) -> int:
     device_id = arguments.set_device
     if device_id is not None:
         _check_device_id(device_id)
-    chosen = _chosen(arguments, letterbox)
+    chosen = _chosen(arguments, table)
     if arguments.dry_run:
         reasons = Counter(chosen.values())
         print(f"would replay {_dead_letters(len(chosen))}{_parts(reasons)}")
@@ -194,11 +194,11 @@ def _replay(arguments: argparse.Namespace, settings: Settings, letterbox: Letter
         return 0
     outcomes: Counter[str] = Counter()
     ticker = Ticker("replayed")
-    with Visitor(settings) as visitor:
+    with ToolSession(settings) as session:
 
         def replay() -> None:
             for letter_id in chosen:
-                outcome = letterbox.replay(letter_id, settings, device_id, visitor.publish)
+                outcome = table.replay(letter_id, settings, device_id, session.publish)
                 outcomes[_OUTCOMES.get(outcome, f"refused as {outcome}")] += 1
                 ticker.tick(outcomes.total(), len(chosen))
 
@@ -212,17 +212,17 @@ def _replay(arguments: argparse.Namespace, settings: Settings, letterbox: Letter
     return 0 if outcomes.total() == outcomes[STORED] else 1
 
 
-def _purge(arguments: argparse.Namespace, _settings: Settings, letterbox: Letterbox) -> int:
+def _purge(arguments: argparse.Namespace, _settings: Settings, table: DeadLetterTable) -> int:
     moment = arguments.older_than
     before = f"last received before {timestamp(moment)}"
     if arguments.dry_run:
-        print(f"would delete {_dead_letters(letterbox.count_older(moment))} {before}")
+        print(f"would delete {_dead_letters(table.count_older(moment))} {before}")
         return 0
     counts: Counter[str] = Counter()
     ticker = Ticker("deleted")
 
     def purge() -> None:
-        while deleted := letterbox.purge_some(moment):
+        while deleted := table.purge_some(moment):
             counts["deleted"] += deleted
             ticker.tick(counts["deleted"])
 
@@ -253,22 +253,22 @@ def _filter(arguments: argparse.Namespace) -> Filter:
     return Filter(arguments.reason, arguments.since or Filter(None).since)
 
 
-def _known(ids: Sequence[int], letterbox: Letterbox) -> list[Letter]:
+def _known(ids: Sequence[int], table: DeadLetterTable) -> list[Letter]:
     """Return the letters of all the ids, in their order; each must be there."""
-    letters = {letter.id: letter for letter in letterbox.letters(ids)}
+    letters = {letter.id: letter for letter in table.letters(ids)}
     if unknown := [str(number) for number in ids if number not in letters]:
         raise BadArgumentError(f"id {', '.join(unknown)}: no such dead letter")
     return [letters[number] for number in ids]
 
 
-def _chosen(arguments: argparse.Namespace, letterbox: Letterbox) -> dict[int, str]:
+def _chosen(arguments: argparse.Namespace, table: DeadLetterTable) -> dict[int, str]:
     """Return the ids to replay, each with its reason."""
     filtered = arguments.reason is not None or arguments.since is not None
     if filtered == bool(arguments.ids):
         raise BadArgumentError("replay: name ids, or else --reason or --since or both")
     if arguments.ids:
-        return {letter.id: letter.reason for letter in _known(arguments.ids, letterbox)}
-    return dict(letterbox.unstored(_filter(arguments)))
+        return {letter.id: letter.reason for letter in _known(arguments.ids, table)}
+    return dict(table.unstored(_filter(arguments)))
 
 
 def _check_device_id(device_id: str) -> None:

@@ -29,10 +29,10 @@ from typing import Self
 
 from dotenv import load_dotenv
 
-from ingester.frame import ASCII, UNICODE, Style, frame
-from ingester.seen import Seen
 from ingester.settings import Settings, SettingsError
-from ingester.visitor import BrokerUnavailable, Visitor
+from ingester.tool_session import BrokerUnavailable, ToolSession
+from ingester.top.frame import ASCII, UNICODE, Style, frame
+from ingester.top.traffic import Traffic
 
 # How long `q` and a signal may go unnoticed.
 TURN_SECONDS = 0.1
@@ -85,30 +85,30 @@ class Screen:
                     termios.tcsetattr(STDIN, termios.TCSANOW, self._mode)
                 _write(END)
 
-    def turn(self, seen: Seen) -> bool:
+    def turn(self, traffic: Traffic) -> bool:
         """Draw what was seen, if it is time to; return whether to go on."""
-        if seen.now - self._turned_at < TURN_SECONDS:
+        if traffic.now - self._turned_at < TURN_SECONDS:
             return True
-        self._turned_at = seen.now
+        self._turned_at = traffic.now
         try:
             # One that takes nothing (Ctrl-S, a line that hangs) must not keep us from hearing.
             is_ready = bool(select.select([], [STDOUT], [], 0)[1])
-            if is_ready and seen.now - self._shown_at >= FRAME_SECONDS:
-                self._shown_at = seen.now
-                self._show(seen)
-                if seen.now - self._asked_at >= ASK_SECONDS:
-                    self._asked_at = seen.now
+            if is_ready and traffic.now - self._shown_at >= FRAME_SECONDS:
+                self._shown_at = traffic.now
+                self._show(traffic)
+                if traffic.now - self._asked_at >= ASK_SECONDS:
+                    self._asked_at = traffic.now
                     _write(ASK)
-            if b"q" in self._typed(seen.now):
+            if b"q" in self._typed(traffic.now):
                 return False
         except (OSError, EOFError):  # it is gone
             return False
-        return self._answered_at is None or seen.now - self._answered_at < ANSWER_SECONDS_MAX
+        return self._answered_at is None or traffic.now - self._answered_at < ANSWER_SECONDS_MAX
 
-    def _show(self, seen: Seen) -> None:
+    def _show(self, traffic: Traffic) -> None:
         columns, rows = os.get_terminal_size(STDOUT)
         columns, rows = columns or COLUMNS, rows or ROWS
-        lines = frame(seen, columns, rows, _style())
+        lines = frame(traffic, columns, rows, _style())
         lines += [""] * (rows - len(lines))
         _write("".join(CLEAR_LINE.format(n) + line for n, line in enumerate(lines, 1)))
 
@@ -134,51 +134,51 @@ def _style() -> Style:
     return UNICODE if codecs.lookup(sys.stdout.encoding).name == "utf-8" else ASCII
 
 
-def live(settings: Settings, seen: Seen) -> None:
+def live(settings: Settings, traffic: Traffic) -> None:
     """Draw until the user leaves. Raises BrokerUnavailable if it is so at the start."""
     screen: Screen | None = None
     with ExitStack() as stack:
         while True:
             try:
-                with Visitor(settings, seen.subscriptions()) as visitor:
+                with ToolSession(settings, traffic.subscriptions()) as session:
                     screen = screen or stack.enter_context(Screen().taken())
-                    _tick(seen)
-                    seen.connected()
-                    while screen.turn(seen):
-                        messages = visitor.receive(TURN_SECONDS)
-                        _tick(seen)
-                        seen.take(messages)
+                    _tick(traffic)
+                    traffic.connected()
+                    while screen.turn(traffic):
+                        messages = session.receive(TURN_SECONDS)
+                        _tick(traffic)
+                        traffic.take(messages)
                     return
             except BrokerUnavailable as error:
                 if screen is None:
                     raise
-                _tick(seen)
-                seen.lost(str(error))
+                _tick(traffic)
+                traffic.lost(str(error))
             until = time.monotonic() + RETRY_SECONDS
             while time.monotonic() < until:
-                if not screen.turn(seen):
+                if not screen.turn(traffic):
                     return
                 time.sleep(TURN_SECONDS)
-                _tick(seen)
+                _tick(traffic)
 
 
-def once(settings: Settings, seen: Seen) -> None:
+def once(settings: Settings, traffic: Traffic) -> None:
     """Listen for a moment, and print one frame. Raises BrokerUnavailable."""
-    with Visitor(settings, seen.subscriptions()) as visitor:
-        _tick(seen)
-        seen.connected()
-        until = seen.now + ONCE_SECONDS
-        while seen.now < until:
-            messages = visitor.receive(until - seen.now)
-            _tick(seen)
-            seen.take(messages)
+    with ToolSession(settings, traffic.subscriptions()) as session:
+        _tick(traffic)
+        traffic.connected()
+        until = traffic.now + ONCE_SECONDS
+        while traffic.now < until:
+            messages = session.receive(until - traffic.now)
+            _tick(traffic)
+            traffic.take(messages)
     columns, rows = shutil.get_terminal_size((COLUMNS, ROWS))
     with suppress(BrokenPipeError):  # whoever reads has enough
-        _write("\n".join(frame(seen, columns, rows, _style())) + "\n")
+        _write("\n".join(frame(traffic, columns, rows, _style())) + "\n")
 
 
-def _tick(seen: Seen) -> None:
-    seen.tick(time.monotonic(), datetime.now(UTC))
+def _tick(traffic: Traffic) -> None:
+    traffic.tick(time.monotonic(), datetime.now(UTC))
 
 
 def _leave(_signal: int, _frame: FrameType | None) -> None:
@@ -190,7 +190,7 @@ def main() -> int:
     parser = argparse.ArgumentParser("python -m ingester.top", description="Show what happens.")
     parser.add_argument("--once", action="store_true", help="print one frame, for scripts")
     arguments = parser.parse_args()
-    load_dotenv(".env")
+    load_dotenv(".env", interpolate=False)
     try:
         settings = Settings.from_env(os.environ)
     except SettingsError as error:
@@ -203,9 +203,9 @@ def main() -> int:
         signal.signal(number, _leave)
     # A view that is suspended hears nothing, and the broker would have to keep it all.
     signal.signal(signal.SIGTSTP, signal.SIG_IGN)
-    seen = Seen(settings.topics, f"{settings.mqtt_host}:{settings.mqtt_port}")
+    traffic = Traffic(settings.topics, f"{settings.mqtt_host}:{settings.mqtt_port}")
     try:
-        (once if arguments.once else live)(settings, seen)
+        (once if arguments.once else live)(settings, traffic)
     except BrokerUnavailable as error:
         print(f"top: {error}", file=sys.stderr)
         return 2

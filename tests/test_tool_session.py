@@ -1,6 +1,6 @@
-"""A tool's visit to the broker, against real ones: it is heard, and takes nothing away.
+"""A tool's own session, at real brokers: it receives, and takes nothing away.
 
-What it does: visits, beside an ingester or in its absence, brokers that are open, behind
+What it does: connects, beside an ingester or in its absence, brokers that are open, behind
 TLS and a password, or that know clients by their user names. What it does not: the tools.
 """
 
@@ -15,12 +15,12 @@ from pathlib import Path
 import pytest
 
 from ingester.settings import Settings
-from ingester.visitor import BrokerUnavailable, Visitor
-from tests.certificates import Authority
-from tests.device import event
-from tests.load import connects
-from tests.pipeline import Pipeline
-from tests.proxy import Flow, Proxy
+from ingester.tool_session import BrokerUnavailable, ToolSession
+from tests.support.certificates import Authority
+from tests.support.device import event
+from tests.support.load import connects
+from tests.support.pipeline import Pipeline
+from tests.support.proxy import Flow, Proxy
 from tools.process import clean_environment, free_port, run
 from tools.stack import Mosquitto, Stack
 
@@ -46,7 +46,7 @@ def guarded(servers: Stack, pipeline: Pipeline, tmp_path: Path) -> Iterator[Make
     with ExitStack() as cleanup:
 
         def make(options: str) -> Pipeline:
-            folder = servers.folder / f"visitor-{next(_number)}"
+            folder = servers.folder / f"session-{next(_number)}"
             folder.mkdir()
             ca = Authority(tmp_path / "ca")
             cert, key = ca.issue("broker")
@@ -83,27 +83,27 @@ def guarded(servers: Stack, pipeline: Pipeline, tmp_path: Path) -> Iterator[Make
 def test_it_publishes_and_hears_and_leaves_nothing_behind(pipeline: Pipeline) -> None:
     with pipeline.device() as device:
         device.publish(b"kept", topic="qs/v1/kept", retain=True)
-        with Visitor(settings(pipeline), ["qs/v1/#"]) as visitor:
-            assert visitor.connected
-            (kept,) = visitor.receive(10)
+        with ToolSession(settings(pipeline), ["qs/v1/#"]) as session:
+            assert session.connected
+            (kept,) = session.receive(10)
             assert kept[:3] == ("qs/v1/kept", b"kept", True)
-            visitor.publish("qs/v1/device-1/acks", b'{"status": "stored", "event_id": "x"}')
+            session.publish("qs/v1/device-1/acks", b'{"status": "stored", "event_id": "x"}')
             device.wait(lambda: len(device.acks) == 1, "what it published")
-            (own,) = visitor.receive(10)
+            (own,) = session.receive(10)
             assert own.topic == "qs/v1/device-1/acks"
             assert kept.received_at <= own.received_at <= time.monotonic()
-            assert visitor.receive(0) == []
+            assert session.receive(0) == []
             for number in range(300):
                 device.send(event(number))
             heard = 0
             while heard < 300:
-                part = visitor.receive(10)
+                part = session.receive(10)
                 assert part
                 heard += len(part)
-        assert not visitor.connected
+        assert not session.connected
     # What a session leaves behind is written with its client id.
     pipeline.mosquitto.stop()
-    assert b"visitor" not in (pipeline.mosquitto.folder / "data/mosquitto.db").read_bytes()
+    assert b"session" not in (pipeline.mosquitto.folder / "data/mosquitto.db").read_bytes()
 
 
 class NotUtf8(Proxy):
@@ -118,62 +118,62 @@ class NotUtf8(Proxy):
 def test_a_topic_that_is_not_utf_8_is_not_heard(pipeline: Pipeline) -> None:
     with NotUtf8(pipeline.mosquitto.port) as proxy, pipeline.device() as device:
         given = settings(pipeline, MQTT_PORT=str(proxy.port))
-        with Visitor(given, ["qs/v1/+/events"]) as visitor:
+        with ToolSession(given, ["qs/v1/+/events"]) as session:
             device.publish(event(1))
             device.publish(event(1, "device-2"), topic="qs/v1/device-2/events")
-            (heard,) = visitor.receive(10)
+            (heard,) = session.receive(10)
             assert heard.topic == "qs/v1/device-2/events"
 
 
 def test_it_is_there_beside_the_ingester(running: Pipeline) -> None:
     with (
-        Visitor(settings(running), ["qs/v1/+/acks"]) as one,
-        Visitor(settings(running), ["qs/v1/+/acks"]) as another,
+        ToolSession(settings(running), ["qs/v1/+/acks"]) as one,
+        ToolSession(settings(running), ["qs/v1/+/acks"]) as another,
         running.device() as device,
     ):
         assert device.ask(event(1))["status"] == "stored"
-        for visitor in (one, another):
-            assert [message.topic for message in visitor.receive(10)] == ["qs/v1/device-1/acks"]
+        for session in (one, another):
+            assert [message.topic for message in session.receive(10)] == ["qs/v1/device-1/acks"]
     assert connects(running) == 1
 
 
-def hear_for_ever(visitor: Visitor) -> None:
+def hear_for_ever(session: ToolSession) -> None:
     while True:
-        visitor.receive(10)
+        session.receive(10)
 
 
 def test_what_is_wrong_with_the_broker_is_one_line(pipeline: Pipeline) -> None:
     nobody = str(free_port())
     with pytest.raises(BrokerUnavailable, match=f"^MQTT: cannot connect to 127.0.0.1:{nobody}: "):
-        Visitor(settings(pipeline, MQTT_PORT=nobody)).__enter__()
-    with Visitor(settings(pipeline), ["qs/v1/#"]) as visitor:
+        ToolSession(settings(pipeline, MQTT_PORT=nobody)).__enter__()
+    with ToolSession(settings(pipeline), ["qs/v1/#"]) as session:
         pipeline.mosquitto.stop()
         with pytest.raises(BrokerUnavailable, match=r"^MQTT: 127.0.0.1:\d+: connection lost$"):
-            hear_for_ever(visitor)
-        assert not visitor.connected
+            hear_for_ever(session)
+        assert not session.connected
         with pytest.raises(BrokerUnavailable, match=r"^MQTT: .*$"):
-            visitor.publish("qs/v1/device-1/acks", b"{}")
+            session.publish("qs/v1/device-1/acks", b"{}")
 
 
 def test_a_frozen_broker_is_given_up(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ingester.visitor.ANSWER_SECONDS_MAX", 0.3)
-    with Visitor(settings(pipeline)) as visitor:
+    monkeypatch.setattr("ingester.tool_session.ANSWER_SECONDS_MAX", 0.3)
+    with ToolSession(settings(pipeline)) as session:
         pipeline.mosquitto.pause()
         with pytest.raises(BrokerUnavailable, match="no PUBACK in time"):
-            visitor.publish("qs/v1/device-1/acks", b"{}")
+            session.publish("qs/v1/device-1/acks", b"{}")
         with pytest.raises(BrokerUnavailable, match="no CONNACK in time"):
-            Visitor(settings(pipeline)).__enter__()
+            ToolSession(settings(pipeline)).__enter__()
         pipeline.mosquitto.resume()
 
 
 def test_it_goes_in_by_tls_with_a_password(guarded: MakePipeline) -> None:
     pipeline = guarded("")
     with pipeline.device() as device:
-        with Visitor(settings(pipeline)) as visitor:
-            visitor.publish("qs/v1/device-1/acks", b'{"status": "stored", "event_id": "x"}')
+        with ToolSession(settings(pipeline)) as session:
+            session.publish("qs/v1/device-1/acks", b'{"status": "stored", "event_id": "x"}')
         device.wait(lambda: len(device.acks) == 1, "what it published")
     with pytest.raises(BrokerUnavailable, match="refuses the connection: Not authorized"):
-        Visitor(settings(pipeline, MQTT_PASSWORD="wrong")).__enter__()
+        ToolSession(settings(pipeline, MQTT_PASSWORD="wrong")).__enter__()
 
 
 def test_a_subscription_that_is_refused_is_named(pipeline: Pipeline) -> None:
@@ -189,7 +189,7 @@ def test_a_subscription_that_is_refused_is_named(pipeline: Pipeline) -> None:
     pipeline.mosquitto.start()
     pipeline.mosquitto.wait_ready()
     with pytest.raises(BrokerUnavailable, match=r"refuses the subscription to qs/v1/\+/acks: "):
-        Visitor(settings(pipeline), ["qs/v1/+/acks"]).__enter__()
+        ToolSession(settings(pipeline), ["qs/v1/+/acks"]).__enter__()
 
 
 def test_a_broker_that_knows_clients_by_user_keeps_the_ingesters_session(
@@ -201,14 +201,14 @@ def test_a_broker_that_knows_clients_by_user_keeps_the_ingesters_session(
     with pipeline.device() as device:
         assert device.ask(event("first"))["status"] == "stored"
         with pytest.raises(BrokerUnavailable, match="take use_username_as_clientid out"):
-            Visitor(settings(pipeline), ["qs/v1/#"]).__enter__()
+            ToolSession(settings(pipeline), ["qs/v1/#"]).__enter__()
         # The ingester is back, and nothing of what was sent meanwhile is gone.
         assert device.ask(event("second"))["status"] == "stored"
         assert pipeline.ingester.stop() == 0
         for number in range(100):
             device.publish(event(number))
         with pytest.raises(BrokerUnavailable, match="take use_username_as_clientid out"):
-            Visitor(settings(pipeline)).__enter__()
+            ToolSession(settings(pipeline)).__enter__()
         pipeline.ingester.start()
         device.wait(lambda: len(device.heard_at) == 102, "an ACK for each")
     assert pipeline.database.count() == 102

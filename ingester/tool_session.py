@@ -1,9 +1,9 @@
-"""A tool's visit to the broker: a session beside the ingester's, gone when the tool ends.
+"""A tool's own session at the broker, beside the ingester's, gone when the tool ends.
 
 What it does: connects with the ingester's settings, subscribes, publishes, hears. What it
 does not: connect again, or keep anything at the broker for later.
 
-Invariant: a visit takes nothing from the ingester's session. Where the broker knows clients
+Invariant: it takes nothing from the ingester's session. Where the broker knows clients
 by their user names, a clean session would delete that one with the events queued in it.
 """
 
@@ -19,7 +19,8 @@ from paho.mqtt import client as paho
 from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode
 from paho.mqtt.reasoncodes import ReasonCode
 
-from ingester.broker import CONNECT_SECONDS_MAX, UNANSWERED, right_to_read
+from ingester.availability import UNANSWERED, right_to_read
+from ingester.client import CONNECT_SECONDS_MAX
 from ingester.settings import Settings
 from ingester.tls import explain
 
@@ -48,7 +49,7 @@ class Received(NamedTuple):
     received_at: float
 
 
-class Visitor:
+class ToolSession:
     """One session, for as long as a `with` lasts. Methods raise BrokerUnavailable."""
 
     def __init__(self, settings: Settings, subscriptions: Sequence[str] = ()) -> None:
@@ -56,7 +57,7 @@ class Visitor:
         self._subscriptions = subscriptions
         self._where = f"{settings.mqtt_host}:{settings.mqtt_port}"
         # Nobody else's, and of the form that every broker takes (MQTT 3.1.1, section 3.1.3.1).
-        self._client_id = "visitor" + secrets.token_hex(8)
+        self._client_id = "tool" + secrets.token_hex(8)
         self._client = self._new_client(clean_session=True)
         self._error = ""  # why there is no connection
         self._session_present = False

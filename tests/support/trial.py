@@ -15,10 +15,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from tests.device import Device, event
-from tests.findings import Finding, find
-from tests.load import connects, devices, hear_all, load, peak_megabytes, wait_for_acks
-from tests.pipeline import Pipeline, wait_until
+from tests.support.device import Device, event
+from tests.support.findings import Finding, find
+from tests.support.load import connects, devices, hear_all, load, peak_megabytes, wait_for_acks
+from tests.support.pipeline import Pipeline, wait_until
 
 RECOVERY_SECONDS_MAX = 5.0
 PEAK_MEGABYTES_MAX = 100.0
@@ -52,8 +52,8 @@ class Trial:
         """Wait until so many more events have been stored and their ACKs heard."""
         wait_for_acks(self.publishers, number)
 
-    def mended(self, seconds_max: float = RECOVERY_SECONDS_MAX) -> None:
-        """Note that the fault is mended just now: the next ACK must come soon."""
+    def fixed(self, seconds_max: float = RECOVERY_SECONDS_MAX) -> None:
+        """Note that the fault is fixed just now: the next ACK must come soon."""
         began_at, before = time.monotonic(), self._acks()
         wait_until(lambda: self._acks() > before, "the first ACK after the fault", 30)
         self.recovery_seconds = time.monotonic() - began_at

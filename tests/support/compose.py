@@ -1,7 +1,7 @@
 """The stack of docker-compose.yml, driven as a person drives it, by `docker compose`.
 
-What it does: copies the checkout, as a fresh clone would be, runs the compose file there
-unchanged, or with an older broker and otherwise unchanged, and takes everything away again.
+What it does: copies the checkout, as a fresh clone under umask 077 would be, runs the compose
+file there unchanged, or with an older broker and otherwise unchanged, and takes everything away.
 What it does not: touch the project `homelab`, whose volume holds somebody's events: the copy
 runs under a project name of its own.
 
@@ -22,8 +22,9 @@ from typing import Any
 import pytest
 from dotenv import dotenv_values
 
-from tests.pipeline import wait_until
-from tools.process import CHECKOUT, port_is_free
+from tests.support.checkout import CHECKOUT, files_of
+from tests.support.pipeline import wait_until
+from tools.process import port_is_free
 
 # The broker's image as the checkout names it, and the one from before: many machines have it.
 BROKER, BROKER_2_0 = "eclipse-mosquitto:2", "eclipse-mosquitto:2.0"
@@ -36,6 +37,8 @@ CONTAINERS = {
     "postgres": "homelab-postgres",
     "ingester": "homelab-ingester",
 }
+# Who has the copies: neither root nor a user of a container.
+OWNER = 65_533
 # Another run of these tests on this machine waits for this name; it goes with the process.
 LOCK = f"\0{PROJECT}-compose"
 
@@ -191,21 +194,18 @@ class Compose:
 
 
 def copy_checkout(folder: Path) -> Path:
-    """Copy what a clone would have, with what is not committed yet; return the folder."""
-    listed = subprocess.run(
-        # The checkout may be another user's, as in a container.
-        [
-            *("git", "-c", "safe.directory=*", "ls-files", "-z"),
-            *("--cached", "--others", "--exclude-standard"),
-        ],
-        cwd=CHECKOUT,
-        capture_output=True,
-        check=True,
-    )
-    for name in filter(None, listed.stdout.decode().split("\0")):
-        if (source := CHECKOUT / name).is_file():  # else deleted, and that not committed
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(source, folder / name)
+    """Copy what a clone would have, with what is not committed yet; return the folder.
+
+    As a user has it who is not root and whose umask is 077: so each test of a copy shows, too,
+    that no container needs more rights to the checkout than that leaves.
+    """
+    for name, source in files_of(CHECKOUT).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(source, folder / name)
+    for path in (folder, *folder.rglob("*")):
+        path.chmod(path.stat().st_mode & 0o700)
+        if os.geteuid() == 0:
+            os.chown(path, OWNER, OWNER)
     return folder
 
 

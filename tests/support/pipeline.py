@@ -17,7 +17,7 @@ import psycopg2
 from ingester.event import Event
 from ingester.rejection import Rejection
 from ingester.store import Outcome, Store
-from tests.device import Device
+from tests.support.device import Device
 from tools.stack import Ingester, Mosquitto, Postgres
 
 
@@ -102,7 +102,7 @@ def insert(store: Store, events: Sequence[Event]) -> list[Outcome | Rejection]:
     """Insert the events and commit, as ingest() does with the dead letters it makes of them."""
     store.begin_insert(events)
     outcomes = store.finish_insert()
-    store.keep([])
+    store.insert_dead_letters([])
     return outcomes
 
 

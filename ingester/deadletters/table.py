@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 from datetime import datetime
 from typing import NamedTuple
 
-from ingester.broker import Message
 from ingester.decoder import Decoder
 from ingester.ingest import ingest
+from ingester.message import Message
 from ingester.rejection import DeadLetter
 from ingester.settings import Settings
 from ingester.store import Store
@@ -65,49 +65,41 @@ _COUNT = (
 )
 
 
-class Letterbox(Store):
-    """A Store whose keep() keeps nothing: what a replay refuses is in the table already."""
+class DeadLetterTable(Store):
+    """A Store that inserts no dead letter: what a replay refuses is in the table already."""
 
     _refused: Sequence[DeadLetter] = ()
 
-    def keep(self, letters: Sequence[DeadLetter]) -> list[int]:
+    def insert_dead_letters(self, letters: Sequence[DeadLetter]) -> list[int]:
         """Commit what was stored, and remember what was refused; the ids are no one's."""
-        super().keep(())
+        super().insert_dead_letters(())
         self._refused = letters
         return [0] * len(letters)
 
     def newest(self, which: Filter, number: int) -> list[Letter]:
         """Return so many at most, those that came last first."""
         order = "ORDER BY last_received_at DESC, id DESC LIMIT %s"
-        return [
-            Letter(*row)
-            for row in self._connection.run(f"{_LETTER} {_FILTER} {order}", (*which, number))
-        ]
+        return [Letter(*row) for row in self.run(f"{_LETTER} {_FILTER} {order}", (*which, number))]
 
     def counts(self, which: Filter) -> list[Count]:
         """Return the number of each reason, the most frequent first."""
         sql = f"{_COUNT} {_FILTER} GROUP BY reason ORDER BY count(*) DESC, reason"
-        return [Count(*row) for row in self._connection.run(sql, (STORED, *which))]
+        return [Count(*row) for row in self.run(sql, (STORED, *which))]
 
     def letters(self, ids: Sequence[int]) -> list[Letter]:
         """Return those of the ids that there are."""
-        return [
-            Letter(*row)
-            for row in self._connection.run(f"{_LETTER} WHERE id = ANY(%s)", (list(ids),))
-        ]
+        return [Letter(*row) for row in self.run(f"{_LETTER} WHERE id = ANY(%s)", (list(ids),))]
 
     def payload(self, letter: Letter) -> bytes:
         """Return the bytes as they were received."""
-        rows = self._connection.run("SELECT payload FROM dead_letters WHERE id = %s", (letter.id,))
+        rows = self.run("SELECT payload FROM dead_letters WHERE id = %s", (letter.id,))
         return bytes(rows[0][0]) if rows else b""
 
     def unstored(self, which: Filter) -> list[tuple[int, str]]:
         """Return id and reason of those that no replay has stored, in the order received."""
         sql = f"SELECT id, reason FROM dead_letters {_FILTER}"
         order = "AND replay_outcome IS DISTINCT FROM %s ORDER BY received_at, id"
-        return [
-            (row[0], row[1]) for row in self._connection.run(f"{sql} {order}", (*which, STORED))
-        ]
+        return [(row[0], row[1]) for row in self.run(f"{sql} {order}", (*which, STORED))]
 
     def replay(
         self,
@@ -121,7 +113,7 @@ class Letterbox(Store):
         As if it had come from `device_id`, if there is one. None: it is not there any more.
         """
         sql = "SELECT topic, device_id, payload, received_at FROM dead_letters WHERE id = %s"
-        if not (rows := self._connection.run(sql, (letter_id,))):
+        if not (rows := self.run(sql, (letter_id,))):
             return None
         topic, own_device_id, payload, received_at = rows[0]
         topics = settings.topics
@@ -138,7 +130,7 @@ class Letterbox(Store):
         for reply in done.replies[: len(done.replies) - len(self._refused)]:
             publish(reply.topic, reply.payload)
         outcome = str(self._refused[0].reason) if self._refused else STORED
-        self._connection.run(
+        self.run(
             "UPDATE dead_letters SET replayed_at = now(), replay_outcome = %s WHERE id = %s"
             " RETURNING id",
             (outcome, letter_id),
@@ -148,7 +140,7 @@ class Letterbox(Store):
     def count_older(self, moment: datetime) -> int:
         """Return how many were last received before the moment."""
         sql = "SELECT count(*) FROM dead_letters WHERE last_received_at < %s"
-        return int(self._connection.run(sql, (moment,))[0][0])
+        return int(self.run(sql, (moment,))[0][0])
 
     def purge_some(self, moment: datetime) -> int:
         """Delete some that last came before the moment; return how many, 0 if none is left."""
@@ -156,4 +148,4 @@ class Letterbox(Store):
         oldest = f"SELECT id FROM dead_letters WHERE {is_old} ORDER BY last_received_at LIMIT %s"
         # Looked at twice: what comes again in between stays.
         sql = f"DELETE FROM dead_letters WHERE id = ANY(ARRAY({oldest})) AND {is_old} RETURNING id"
-        return len(self._connection.run(sql, (moment, PURGE_ROWS_MAX, moment)))
+        return len(self.run(sql, (moment, PURGE_ROWS_MAX, moment)))

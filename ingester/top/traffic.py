@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 from ingester.event import PAYLOAD_BYTES_MAX
 from ingester.progress import COUNTERS, State
+from ingester.tool_session import Received
 from ingester.topic import Topics
-from ingester.visitor import Received
 
 # Of events and of dead letters: more than a screen has lines.
 ROWS_MAX = 200
@@ -32,7 +32,7 @@ EVENT_ID_CHARS_MAX = 200
 DEVICE_ID_CHARS_MAX = 64
 
 
-class SeenEvent(NamedTuple):
+class ObservedEvent(NamedTuple):
     """One event as it was published, whether or not it is valid."""
 
     at: datetime
@@ -41,7 +41,7 @@ class SeenEvent(NamedTuple):
     value: str
 
 
-class SeenDeadLetter(NamedTuple):
+class ObservedDeadLetter(NamedTuple):
     """One dead letter as it was published."""
 
     at: datetime
@@ -98,7 +98,7 @@ class Rate:
         return sum(last) / len(last) if last else 0.0
 
 
-class Seen:
+class Traffic:
     """All that was seen since the view began; tick() first says what time it is."""
 
     def __init__(self, topics: Topics, broker: str) -> None:
@@ -118,8 +118,8 @@ class Seen:
         self.events = Rate()
         self.acks = Rate()
         self.latencies_ms: deque[float] = deque(maxlen=LATENCIES_MAX)
-        self.last_events: deque[SeenEvent] = deque(maxlen=ROWS_MAX)
-        self.last_dead_letters: deque[SeenDeadLetter] = deque(maxlen=ROWS_MAX)
+        self.last_events: deque[ObservedEvent] = deque(maxlen=ROWS_MAX)
+        self.last_dead_letters: deque[ObservedDeadLetter] = deque(maxlen=ROWS_MAX)
         self._pending: dict[tuple[str, str], float] = {}  # when each event was seen
 
     @property
@@ -172,7 +172,7 @@ class Seen:
         return self.now - self.status_at
 
     def latency_ms(self, quantile: float) -> float | None:
-        """Return how long that part of the last ACKs took at most; None if none was seen."""
+        """Return how long that part of the last ACKs took at most; None if none was traffic."""
         if not self.latencies_ms:
             return None
         return sorted(self.latencies_ms)[math.ceil(quantile * len(self.latencies_ms)) - 1]
@@ -198,7 +198,7 @@ class Seen:
                 event_type = _text(item.get("event_type", "?"))
                 unit = item.get("unit")
                 value = _text(item.get("value")) + (f" {_text(unit)}" if unit else "")
-            self.last_events.append(SeenEvent(self.at, device, event_type, value))
+            self.last_events.append(ObservedEvent(self.at, device, event_type, value))
 
     def _take_ack(self, device_id: str, message: Received) -> None:
         document, _ = _parse(message.payload)
@@ -255,12 +255,12 @@ def _key(device_id: str, item: object) -> tuple[str, str] | None:
     return (device_id, event_id) if len(device_id) <= DEVICE_ID_CHARS_MAX else None
 
 
-def _dead_letter(at: datetime, payload: bytes) -> SeenDeadLetter:
+def _dead_letter(at: datetime, payload: bytes) -> ObservedDeadLetter:
     body, problem = _parse(payload)
     if not isinstance(body, dict):
-        return SeenDeadLetter(at, "?", "?", "?", problem or _text(body))
+        return ObservedDeadLetter(at, "?", "?", "?", problem or _text(body))
     fields = [_text(body.get(name)) for name in ("id", "reason", "device_id", "error")]
-    return SeenDeadLetter(at, *fields)
+    return ObservedDeadLetter(at, *fields)
 
 
 def _text(value: object) -> str:
