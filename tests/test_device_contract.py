@@ -17,8 +17,8 @@ from ingester.event import Event, decode
 from ingester.rejection import Reason, Rejection
 from ingester.reply import ack
 from tests.conftest import CHECKOUT
-from tests.device import Device
-from tests.pipeline import Pipeline
+from tests.support.device import Device
+from tests.support.pipeline import Pipeline
 
 CONTRACT: dict[str, Any] = json.loads((CHECKOUT / "devices/contract.json").read_text("utf-8"))
 KEYS = {

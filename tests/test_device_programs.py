@@ -21,9 +21,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.certificates import Authority
-from tests.pipeline import Database, Pipeline, wait_until
-from tests.proxy import Proxy
+from tests.support.certificates import Authority
+from tests.support.pipeline import Database, Pipeline, wait_until
+from tests.support.proxy import Proxy
 from tools.process import Process, clean_environment, free_port, run
 from tools.stack import Mosquitto, Stack
 
