@@ -16,8 +16,9 @@ SEGMENT_BYTES = 4096  # a block of the flash: littlefs rewrites the last block a
 SEGMENTS_MIN = 2
 BLOCKS_SPARE = 8  # of the file system: littlefs needs some to move what it writes
 HEAD_BYTES = 9  # the checksum and a space in front of each record
-LINE_BYTES_MAX = SEGMENT_BYTES  # a longer one is damaged
+FILE_BYTES_MAX = 65_536  # a larger file is not ours, whatever its name is
 STATE = "state"
+EFBIG = 27
 ENOSPC = 28
 
 
@@ -84,7 +85,7 @@ class FolderStore:
 
         try:
             with open(self._path(STATE), "rb") as file:
-                line = file.read(LINE_BYTES_MAX)
+                line = file.readline()
         except OSError:
             return  # none: the store is new
         record = _record(line)
@@ -119,9 +120,12 @@ class FolderStore:
     def _count(self, segment: Segment) -> bool:
         """Find size and records of a segment; tell whether it could be read."""
         try:
+            if os.stat(self._path(segment.number))[6] > FILE_BYTES_MAX:
+                raise OSError(EFBIG)
             with open(self._path(segment.number), "rb") as file:
                 while True:
-                    line = file.readline(LINE_BYTES_MAX)
+                    # Without a limit: MicroPython would take as much memory as the limit says.
+                    line = file.readline()
                     if not line:
                         return True
                     segment.size += len(line)
@@ -182,7 +186,7 @@ class FolderStore:
             with open(self._path(segment.number), "rb") as file:
                 file.seek(offset)
                 while offset < end and len(found) < count_max:
-                    line = file.readline(LINE_BYTES_MAX)
+                    line = file.readline()
                     bytes_max -= len(line)
                     if not line or (found and bytes_max < 0):
                         break

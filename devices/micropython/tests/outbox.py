@@ -250,6 +250,32 @@ def test_a_damaged_record_costs_itself_and_is_counted():
         bench.close()
 
 
+def test_an_event_larger_than_a_segment_is_kept_too():
+    bench = Bench(memory_bytes_max=65536, send_bytes_max=16384, receive_bytes_max=16384)
+    bench.add(3, size=9000)
+    assert bench.device.save()
+    bench.boot()
+    assert bench.device.kept() == 3
+    assert bench.device.damaged() == 0
+    bench.drain()
+    assert len(bench.stored) == 3
+    bench.close()
+
+
+def test_a_file_that_is_far_too_large_is_left_alone():
+    bench = Bench()
+    with open(bench.folder + "/7", "wb") as file:
+        for _ in range(70):
+            file.write(bytes(1024))
+    bench.boot()
+    bench.add(1)
+    assert bench.device.save()
+    bench.drain()
+    assert bench.files() == ["7"]
+    assert bench.device.damaged() == 1
+    bench.close()
+
+
 def test_what_is_not_ours_is_left_alone_and_an_empty_file_is_none():
     bench = Bench()
     bench.add(1)
