@@ -291,9 +291,9 @@ def simulate(devices: Sequence[Device], patience_seconds: float) -> bool:
         signal.signal(number, signal.default_int_handler)  # which raises KeyboardInterrupt
     over = threading.Event()
     threads = [threading.Thread(target=run, args=(each, over), daemon=True) for each in devices]
-    for thread in threads:
-        thread.start()
     try:
+        for thread in threads:
+            thread.start()
         watch(devices, lambda: not any(device.measuring for device in devices), math.inf)
     except KeyboardInterrupt:
         patience_seconds = min(patience_seconds, 5)  # `docker stop` kills after 10
@@ -302,7 +302,7 @@ def simulate(devices: Sequence[Device], patience_seconds: float) -> bool:
     with suppress(KeyboardInterrupt):  # a second one: the verdict at once
         watch(devices, lambda: waiting(devices) == 0, patience_seconds)
     over.set()
-    for thread in threads:
+    for thread in (thread for thread in threads if thread.ident):  # all, unless interrupted
         thread.join()
     missing = total(devices, "made") - total(devices, "stored")
     print(summary(devices))

@@ -33,6 +33,7 @@ NUMBERS = 40_000
 DEVICE_ID = "device-0"
 
 everything = pytest.mark.faults
+pytestmark = pytest.mark.alone
 
 
 @pytest.fixture

@@ -359,6 +359,7 @@ def test_a_flood_is_stored_in_batches_and_said_in_few_lines(pipeline: Pipeline) 
     assert len(re.findall(r" INFO ", log)) < 12, (duration, log)
 
 
+@pytest.mark.alone
 def test_one_event_is_not_held_back_for_a_batch(running: Pipeline) -> None:
     """Compared with the sum of its parts in the same run: two trips over MQTT, one INSERT."""
     with running.device() as device:

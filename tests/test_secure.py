@@ -1126,7 +1126,10 @@ def test_the_commands_of_the_readme_that_look_and_send_work(stack: SecureStack) 
 
 
 # Typed by a test of its own above, or, with servers elsewhere, by nobody.
-TYPED_ALONE = ("docker run -d ", "mosquitto_rr ", "PGHOST=database.example ")
+TYPED_ALONE = (
+    *("docker run -d ", "mosquitto_rr ", "PGHOST=database.example ", "mkdir -m 700 esp32-01"),
+    *("overlays/secure/device add esp32-01 |", "XDG_CONFIG_HOME=esp32-01 "),
+)
 # What stands for something that the reader has, and for what it is here.
 HERE = {
     "docker compose ...": "docker compose",
@@ -1328,6 +1331,9 @@ sys.stdin.read()
 def test_strangers_who_use_up_the_connections_do_not_keep_the_ingester_out(
     stack: SecureStack,
 ) -> None:
+    stack.compose("restart", "mosquitto")  # without what the tests before have left in its memory
+    stack.wait_health("mosquitto", "healthy")
+    stack.wait_health("ingester", "healthy")
     # Not by way of `localhost`, whose proxy carries fewer.
     networks = stack.inspect("mosquitto")["NetworkSettings"]["Networks"]
     (address,) = (str(network["IPAddress"]) for network in networks.values())

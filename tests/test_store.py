@@ -475,6 +475,7 @@ def test_between_many_short_statements_the_other_session_is_served_as_well(
     assert other_session.served == 2
 
 
+@pytest.mark.alone
 def test_an_answer_is_taken_at_once_even_if_the_other_session_always_has_more(
     store: Store,
     busy_store: Store,

@@ -29,6 +29,10 @@ NAME = "mqtt.homelab.example"
 IN_NAMESPACE = 'mount --bind "$0" /etc/resolv.conf && exec "$@"'
 
 
+# The resolvers have one address each on this machine.
+pytestmark = pytest.mark.xdist_group("resolvers")
+
+
 @pytest.fixture
 def questions() -> Iterator[socket.socket]:
     """What the first of the resolvers is asked."""
