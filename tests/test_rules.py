@@ -17,8 +17,9 @@ import pytest
 from dotenv import dotenv_values
 
 from ingester.rejection import Reason
-from tests.support.checkout import CHECKOUT, files_of
+from tests.support.checkout import files_of
 from tests.support.documents import chapter
+from tools.process import CHECKOUT
 
 THIRD_PARTY = {"paho": "paho-mqtt", "psycopg2": "psycopg2-binary", "dotenv": "python-dotenv"}
 FUNCTION_LINES_MAX = 70
@@ -397,3 +398,19 @@ def test_the_checkers_have_nothing_to_say(command: tuple[str, ...]) -> None:
         [sys.executable, "-m", *command], cwd=CHECKOUT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_tests_of_one_group_run_in_one_worker(tmp_path: Path) -> None:
+    """Or those that share a port would run side by side; pytest 9.2 and xdist 3.8 let them."""
+    (tmp_path / "test_group.py").write_text(
+        "import os, pytest\n"
+        "@pytest.mark.xdist_group('one')\n"
+        "@pytest.mark.parametrize('number', range(6))\n"
+        "def test_worker(number):\n"
+        "    print('worker:', os.environ['PYTEST_XDIST_WORKER'])\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-n", "2", "--dist", "loadgroup", "-rP", tmp_path]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    workers = re.findall(r"worker: (\w+)", done.stdout)
+    assert len(workers) == 6, done.stdout
+    assert len(set(workers)) == 1
