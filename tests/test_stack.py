@@ -35,6 +35,8 @@ from tools.process import CHECKOUT, LOOPBACK, OPEN_FILES, Process, SetupError, f
 from tools.stack import MQTT_CONNECT, Mosquitto
 from tools.up import LogPrinter
 
+pytestmark = pytest.mark.services
+
 PORTS = ("MQTT_PORT", "MQTT_WEBSOCKET_PORT", "POSTGRES_PORT")
 CONNACK = b"\x20\x02\x00\x00"
 DISCONNECT = b"\xe0\x00"
