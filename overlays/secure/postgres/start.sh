@@ -1,11 +1,24 @@
 #!/bin/sh
-# Starts the database, with pg_hba.conf for the database that .env names. Runs as root, which
-# the image's own entrypoint then ceases to be, and which alone can read what is mounted under
-# umask 077; its arguments are the server's.
+# Starts the database with the command that it is given, and the overlay's settings behind it:
+# TLS, and pg_hba.conf for the database that .env names. Runs as root, which the image's own
+# entrypoint then ceases to be, and which alone can read what is mounted under umask 077.
 set -eu
 
 database=$(printf %s "$POSTGRES_DB" | sed -e 's/"/""/g' -e 's/[\\&|]/\\&/g')
 sed "s|@DATABASE@|\"$database\"|" /overlay/pg_hba.conf >/run/pg/pg_hba.conf
 cp /overlay/pg_ident.conf /run/pg
 chmod 444 /run/pg/*
-exec docker-entrypoint.sh postgres "$@"
+
+set -- "$@" \
+    -c ssl=on \
+    -c ssl_min_protocol_version=TLSv1.2 \
+    -c ssl_cert_file=/run/database/server.crt \
+    -c ssl_key_file=/run/database/server.key \
+    -c hba_file=/run/pg/pg_hba.conf \
+    -c ident_file=/run/pg/pg_ident.conf \
+    -c password_encryption=scram-sha-256
+# Compiled queries take memory that only large machines have.
+set -- "$@" -c jit=off
+# Who connects and says nothing holds a process.
+set -- "$@" -c authentication_timeout=10s
+exec docker-entrypoint.sh "$@"
