@@ -7,13 +7,12 @@
 
 #include <mqtt_client.h>
 
-#include "Mailbox.h"
-#include "Transport.h"
+#include "TaskTransport.h"
 
 namespace homelab {
 
 template <size_t ACK_BYTES = 2048>
-class EspMqttTransport final : public Transport {
+class EspMqttTransport final : public TaskTransport<ACK_BYTES> {
  public:
   // Once it is known.
   void client(esp_mqtt_client_handle_t client) { client_ = client; }
@@ -21,31 +20,24 @@ class EspMqttTransport final : public Transport {
   // In the event handler, for every event of this client.
   void handle(const esp_mqtt_event_t& event) {
     if (event.event_id == MQTT_EVENT_CONNECTED) {
-      count_ = count_ == UINT32_MAX ? 1 : count_ + 1;
-      __atomic_store_n(&connection_, count_, __ATOMIC_RELEASE);
+      this->connected();
     } else if (event.event_id == MQTT_EVENT_DISCONNECTED) {
-      __atomic_store_n(&connection_, 0, __ATOMIC_RELEASE);
+      this->disconnected();
     } else if (event.event_id == MQTT_EVENT_DATA) {
       // Only the first piece of a message has the topic.
-      if (event.current_data_offset == 0) is_ack_ = isAck(event.topic, event.topic_len);
+      if (event.current_data_offset == 0) {
+        is_ack_ = this->isAck(event.topic, static_cast<size_t>(event.topic_len));
+      }
       if (!is_ack_) return;
-      acks_.put(reinterpret_cast<const uint8_t*>(event.data), static_cast<size_t>(event.data_len),
-                static_cast<size_t>(event.current_data_offset),
-                static_cast<size_t>(event.total_data_len));
+      this->acks_.put(reinterpret_cast<const uint8_t*>(event.data),
+                      static_cast<size_t>(event.data_len),
+                      static_cast<size_t>(event.current_data_offset),
+                      static_cast<size_t>(event.total_data_len));
     }
   }
 
-  // In loop(), before Outbox::loop().
-  template <typename Outbox>
-  void deliver(Outbox& outbox) {
-    acks_.take([&outbox](const uint8_t* bytes, size_t size) {
-      outbox.onMessage(outbox.acksTopic(), bytes, size);
-    });
-  }
-
-  uint32_t connection() override { return __atomic_load_n(&connection_, __ATOMIC_ACQUIRE); }
   bool subscribe(const char* topic) override {
-    topic_ = topic;
+    this->topic_ = topic;
     return esp_mqtt_client_subscribe(client_, topic, 1) >= 0;
   }
   // Into its queue, as publish() waits for the network.
@@ -55,21 +47,10 @@ class EspMqttTransport final : public Transport {
   }
   // Its reconnect() would do nothing while it believes to be connected; after this it connects anew.
   void disconnect() override { esp_mqtt_client_disconnect(client_); }
-  size_t sendBytes(const char*) override { return SIZE_MAX; }
-  size_t receiveBytes(const char*) override { return ACK_BYTES; }
 
  private:
-  bool isAck(const char* topic, int size) const {
-    return topic_ != nullptr && strlen(topic_) == static_cast<size_t>(size) &&
-           memcmp(topic, topic_, static_cast<size_t>(size)) == 0;
-  }
-
   esp_mqtt_client_handle_t client_ = nullptr;
-  const char* topic_ = nullptr;
-  uint32_t connection_ = 0;
-  uint32_t count_ = 0;  // of the client's task
   bool is_ack_ = false;
-  Mailbox<ACK_BYTES> acks_;
 };
 
 }  // namespace homelab

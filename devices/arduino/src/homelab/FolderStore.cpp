@@ -7,7 +7,6 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <stdio.h>  // rename
-#include <string.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -17,21 +16,6 @@ namespace {
 constexpr char kNew[] = "new";
 
 }  // namespace
-
-bool FolderStore::path(const char* name, char (&into)[kPathBytes]) const {
-  const size_t folder = strlen(folder_), file = strlen(name);
-  if (folder + file + 2 > sizeof into) return false;
-  memcpy(into, folder_, folder);
-  into[folder] = '/';
-  memcpy(into + folder + 1, name, file + 1);
-  return true;
-}
-
-bool FolderStore::pathOf(uint32_t number, char (&into)[kPathBytes]) const {
-  char name[kFileNameBytes];
-  writeFileName(number, name);
-  return path(name, into);
-}
 
 bool FolderStore::begin() {
   char name[kPathBytes];
@@ -55,7 +39,7 @@ bool FolderStore::list(void (*found)(uint32_t number, void* context), void* cont
 
 int32_t FolderStore::read(uint32_t number, uint32_t offset, uint8_t* into, size_t size) {
   char name[kPathBytes];
-  if (!pathOf(number, name)) return -1;
+  if (!path(number, name)) return -1;
   const int file = open(name, O_RDONLY);
   if (file < 0) return -1;
   ssize_t got = -1;
@@ -66,7 +50,7 @@ int32_t FolderStore::read(uint32_t number, uint32_t offset, uint8_t* into, size_
 
 Store::Result FolderStore::write(uint32_t number, const uint8_t* bytes, size_t size) {
   char name[kPathBytes], new_name[kPathBytes];
-  if (!pathOf(number, name) || !path(kNew, new_name)) return Result::kFailed;
+  if (!path(number, name) || !path(kNew, new_name)) return Result::kFailed;
   errno = 0;
   const int file = open(new_name, O_WRONLY | O_CREAT | O_TRUNC, 0666);
   size_t done = 0;
@@ -89,7 +73,7 @@ Store::Result FolderStore::write(uint32_t number, const uint8_t* bytes, size_t s
 
 bool FolderStore::remove(uint32_t number) {
   char name[kPathBytes];
-  if (!pathOf(number, name)) return false;
+  if (!path(number, name)) return false;
   return unlink(name) == 0 || errno == ENOENT;
 }
 

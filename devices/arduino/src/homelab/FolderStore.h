@@ -21,8 +21,11 @@ class FolderStore final : public Store {
 
  private:
   static constexpr size_t kPathBytes = 256;
-  bool path(const char* name, char (&into)[kPathBytes]) const;
-  bool pathOf(uint32_t number, char (&into)[kPathBytes]) const;
+  // Of a name, or of the file of a number.
+  template <typename Name>
+  bool path(Name name, char (&into)[kPathBytes]) const {
+    return writePath(folder_, name, into, sizeof into);
+  }
   bool syncFolder() const;
   const char* folder_;
 };

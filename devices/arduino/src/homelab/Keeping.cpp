@@ -52,6 +52,21 @@ bool parseFileName(const char* name, uint32_t& number) {
   return i == kFileNameBytes - 1;
 }
 
+bool writePath(const char* folder, const char* name, char* into, size_t size) {
+  const size_t folder_bytes = strlen(folder), name_bytes = strlen(name);
+  if (folder_bytes + name_bytes + 2 > size) return false;
+  memcpy(into, folder, folder_bytes);
+  into[folder_bytes] = '/';
+  memcpy(into + folder_bytes + 1, name, name_bytes + 1);
+  return true;
+}
+
+bool writePath(const char* folder, uint32_t number, char* into, size_t size) {
+  char name[kFileNameBytes];
+  writeFileName(number, name);
+  return writePath(folder, name, into, size);
+}
+
 // --- begin ------------------------------------------------------------------------------
 
 // What countFile() works with. Files are removed after the listing, not while it runs.

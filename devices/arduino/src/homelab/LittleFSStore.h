@@ -6,7 +6,6 @@
 #pragma once
 
 #include <LittleFS.h>
-#include <string.h>
 
 #include "Store.h"
 
@@ -33,7 +32,7 @@ class LittleFSStore final : public Store {
 
   int32_t read(uint32_t number, uint32_t offset, uint8_t* into, size_t size) override {
     char name[kPathBytes];
-    if (!pathOf(number, name)) return -1;
+    if (!path(number, name)) return -1;
     File file = files_.open(name, "r");
     if (!file) return -1;
     const bool there = offset <= file.size() && file.seek(offset, SeekSet);
@@ -44,7 +43,7 @@ class LittleFSStore final : public Store {
 
   Result write(uint32_t number, const uint8_t* bytes, size_t size) override {
     char name[kPathBytes], new_name[kPathBytes];
-    if (!pathOf(number, name) || !path("new", new_name)) return Result::kFailed;
+    if (!path(number, name) || !path("new", new_name)) return Result::kFailed;
     File file = files_.open(new_name, "w");
     const bool written = file && file.write(bytes, size) == size;
     if (file) {
@@ -64,7 +63,7 @@ class LittleFSStore final : public Store {
 
   bool remove(uint32_t number) override {
     char name[kPathBytes];
-    if (!pathOf(number, name)) return false;
+    if (!path(number, name)) return false;
     return files_.remove(name) || !files_.exists(name);
   }
 
@@ -82,19 +81,10 @@ class LittleFSStore final : public Store {
     return true;
   }
 
-  bool path(const char* name, char (&into)[kPathBytes]) const {
-    const size_t folder = strlen(folder_), file = strlen(name);
-    if (folder + file + 2 > sizeof into) return false;
-    memcpy(into, folder_, folder);
-    into[folder] = '/';
-    memcpy(into + folder + 1, name, file + 1);
-    return true;
-  }
-
-  bool pathOf(uint32_t number, char (&into)[kPathBytes]) const {
-    char name[kFileNameBytes];
-    writeFileName(number, name);
-    return path(name, into);
+  // Of a name, or of the file of a number.
+  template <typename Name>
+  bool path(Name name, char (&into)[kPathBytes]) const {
+    return writePath(folder_, name, into, sizeof into);
   }
 
   FS& files_;

@@ -32,5 +32,8 @@ class Store {
 constexpr size_t kFileNameBytes = 9;
 void writeFileName(uint32_t number, char (&into)[kFileNameBytes]);
 bool parseFileName(const char* name, uint32_t& number);
+// The path of a name in a folder, or of the file of a number; false if it is longer than `size`.
+bool writePath(const char* folder, const char* name, char* into, size_t size);
+bool writePath(const char* folder, uint32_t number, char* into, size_t size);
 
 }  // namespace homelab
