@@ -16,9 +16,9 @@ import pytest
 from ingester.event import Event, decode
 from ingester.rejection import Reason, Rejection
 from ingester.reply import ack
-from tests.support.checkout import CHECKOUT
 from tests.support.device import Device
 from tests.support.pipeline import Pipeline
+from tools.process import CHECKOUT
 
 CONTRACT: dict[str, Any] = json.loads((CHECKOUT / "devices/contract.json").read_text("utf-8"))
 KEYS = {

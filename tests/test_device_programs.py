@@ -24,10 +24,9 @@ import pytest
 from tests.support.certificates import Authority
 from tests.support.pipeline import Database, Pipeline, wait_until
 from tests.support.proxy import Proxy
-from tools.process import Process, clean_environment, free_port, run
+from tools.process import CHECKOUT, Process, clean_environment, free_port, run
 from tools.stack import Mosquitto, Stack
 
-CHECKOUT = Path(__file__).resolve().parent.parent
 LANGUAGES = {
     "arduino": ["devices/arduino/host/telemetry"],
     "micropython": ["devices/micropython/.tools/bin/micropython", "devices/micropython/host.py"],

@@ -16,7 +16,6 @@ from functools import partial
 
 import pytest
 
-from tests.conftest import CHECKOUT
 from tests.support.device import Device, event
 from tests.support.findings import Finding, find
 from tests.support.load import (
@@ -32,6 +31,7 @@ from tests.support.load import (
     wait_for_load,
 )
 from tests.support.pipeline import Pipeline, wait_until
+from tools.process import CHECKOUT
 
 Report = Callable[[Finding], None]
 MEGABYTES_MAX = 100

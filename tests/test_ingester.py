@@ -21,10 +21,10 @@ from zoneinfo import ZoneInfo
 
 import pytest
 
-from tests.conftest import CHECKOUT
 from tests.support.device import Device, event
 from tests.support.json_corpus import DOCUMENTS
 from tests.support.pipeline import Pipeline, wait_until
+from tools.process import CHECKOUT
 
 VALID = b'{"schema": 1, "event_id": "device-1-1", "device_id": "device-1", "event_type": "t"}'
 

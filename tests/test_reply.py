@@ -8,7 +8,6 @@ import base64
 import json
 import re
 from datetime import UTC, datetime, timedelta, timezone
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,8 +17,8 @@ from hypothesis import strategies as st
 from ingester.event import ARRAY_EVENTS_MAX, PAYLOAD_BYTES_MAX
 from ingester.rejection import DeadLetter, Reason, Rejection
 from ingester.reply import Reply, ack, ack_for, dead_letter_for
+from tools.process import CHECKOUT
 
-CHECKOUT = Path(__file__).resolve().parent.parent
 TOPIC = "qs/v1/esp32-01/acks"
 DEADLETTER = "qs/v1/deadletter"
 

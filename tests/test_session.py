@@ -39,13 +39,13 @@ from ingester.message import Message
 from ingester.reply import Reply
 from ingester.settings import Settings
 from ingester.store import Outcome, Store
-from tests.conftest import CHECKOUT
 from tests.support.device import Device, event
 from tests.support.findings import find
 from tests.support.load import connects, load
 from tests.support.pipeline import Database, Pipeline, insert, restart_from, saved, wait_until
 from tests.support.tap import PUBACK, PUBLISH, Tap
 from tests.test_mqtt import MALFORMED
+from tools.process import CHECKOUT
 
 # --- what is used of paho's private parts ------------------------------------------------
 

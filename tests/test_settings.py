@@ -24,9 +24,8 @@ from hypothesis import strategies as st
 from ingester.settings import Settings, SettingsError
 from ingester.topic import Topics
 from tests.support.certificates import Authority, Certificate, openssl
-from tools.process import clean_environment
+from tools.process import CHECKOUT, clean_environment
 
-CHECKOUT = Path(__file__).resolve().parent.parent
 DOTENV = {name: value or "" for name, value in dotenv_values(CHECKOUT / ".env").items()}
 # For Compose alone: the broker's ports on this machine.
 PUBLISHED = {"MQTT_PORT_PUBLISHED", "MQTT_TLS_PORT_PUBLISHED", "MQTT_WEBSOCKET_PORT"}

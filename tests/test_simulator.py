@@ -21,12 +21,11 @@ from typing import NamedTuple
 import pytest
 
 from devices.simulator import IN_FLIGHT_MAX, OUTBOX_MAX, Parser, measure, read_settings
-from tests.conftest import CHECKOUT
 from tests.support.certificates import Authority
 from tests.support.load import database_down
 from tests.support.pipeline import Database, Pipeline, wait_until
 from tests.support.tap import PUBLISH, Tap
-from tools.process import clean_environment, free_port, run
+from tools.process import CHECKOUT, clean_environment, free_port, run
 from tools.stack import Mosquitto, Stack
 
 # MQTT 3.1.1, section 2.2.1.

@@ -12,10 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from tools.process import OPEN_FILES
+from tools.process import CHECKOUT, OPEN_FILES
 from tools.stack import Ingester, Mosquitto, Postgres
 
-CHECKOUT = Path(__file__).resolve().parent.parent
 SYSTEM, USER = (
     CHECKOUT / f"tools/systemd/{whose}/homelab-telemetry.service" for whose in ("system", "user")
 )

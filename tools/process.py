@@ -144,14 +144,19 @@ def give_access(folder: Path, account: Account | None) -> bool:
     return subprocess.run(test, check=False, **run_as(account)).returncode == 0
 
 
+def instead_of(folder: Path) -> Path:
+    """The folder in /var/tmp that stands for one which a server's account cannot reach."""
+    digest = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:12]
+    return Path("/var/tmp", f"homelab-stack-{digest}")
+
+
 def reachable_folder(folder: Path, account: Account | None) -> Path:
     """Makes `folder`; or one in /var/tmp, if `account` cannot get there (below /root)."""
     folder = folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)
     if give_access(folder, account) or account is None:
         return folder
-    digest = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:12]
-    instead = Path("/var/tmp", f"homelab-stack-{digest}")
+    instead = instead_of(folder)
     instead.mkdir(mode=0o755, exist_ok=True)
     # Anyone may make a folder there, and we are about to give away files in it.
     if instead.is_symlink() or instead.stat().st_uid not in (0, account.pw_uid):

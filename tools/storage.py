@@ -9,7 +9,6 @@ the next start goes on from there.
 
 import errno
 import fcntl
-import hashlib
 import os
 import pwd
 import shutil
@@ -23,6 +22,7 @@ from tools.process import (
     StackError,
     clean_environment,
     give_access,
+    instead_of,
     run,
     service_account,
 )
@@ -91,8 +91,7 @@ def _locked(folder: Path) -> Iterator[None]:
 def earlier_folders(checkout: Path = CHECKOUT) -> list[Path]:
     """Those that are ours: .stack/, and for root the one in /var/tmp in the place of it."""
     in_checkout = checkout / ".stack"
-    digest = hashlib.sha256(str(in_checkout.resolve()).encode()).hexdigest()[:12]
-    folders = [in_checkout, Path("/var/tmp", f"homelab-stack-{digest}")]
+    folders = [in_checkout, instead_of(in_checkout)]
     # Anyone may make a folder in /var/tmp, and one in a user's checkout is the user's.
     return [path for path in folders if path.is_dir() and path.lstat().st_uid == os.geteuid()]
 

@@ -11,7 +11,6 @@ import fnmatch
 import os
 from pathlib import Path
 
-CHECKOUT = Path(__file__).resolve().parent.parent.parent
 # A folder, and the lines of its .gitignore.
 Rules = list[tuple[Path, list[str]]]
 

@@ -22,9 +22,9 @@ from typing import Any
 import pytest
 from dotenv import dotenv_values
 
-from tests.support.checkout import CHECKOUT, files_of
+from tests.support.checkout import files_of
 from tests.support.pipeline import wait_until
-from tools.process import port_is_free
+from tools.process import CHECKOUT, port_is_free
 
 # The broker's image as the checkout names it, and the one from before: many machines have it.
 BROKER, BROKER_2_0 = "eclipse-mosquitto:2", "eclipse-mosquitto:2.0"
