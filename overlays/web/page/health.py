@@ -1,0 +1,84 @@
+"""Whether events get stored: the newest row, how many a minute, how long it took, what is missing.
+
+What it does: asks the views. What it does not: know HTTP or HTML, or tell whether the ingester
+runs: an ingester without events looks the same.
+"""
+
+from datetime import datetime, timedelta
+from typing import Any
+
+from page.database import Database
+from page.text import visible
+
+RATE_HOURS = 6
+MISSING_MAX = 200
+
+
+def newest(database: Database) -> datetime | None:
+    """Return when the newest row was stored; None if there is none. Raises Unavailable."""
+    rows = database.rows("SELECT ts_server FROM events ORDER BY ts_server DESC LIMIT 1")
+    return rows[0]["ts_server"] if rows else None
+
+
+def events_per_minute(database: Database, now: datetime) -> dict[str, Any]:
+    """Return each whole minute of the last RATE_HOURS, and how many events came in.
+
+    Raises Unavailable.
+    """
+    until = now.replace(second=0, microsecond=0)
+    since = until - timedelta(hours=RATE_HOURS)
+    rows = database.rows(
+        """
+        SELECT extract(epoch FROM date_trunc('minute', ts_server))::float8 AS minute,
+            count(*) AS events
+        FROM events
+        WHERE ts_server >= %(since)s AND ts_server < %(until)s
+        GROUP BY 1
+        """,
+        since=since,
+        until=until,
+    )
+    counts = {row["minute"]: row["events"] for row in rows}
+    minutes = [since.timestamp() + 60.0 * minute for minute in range(RATE_HOURS * 60)]
+    return {"at": minutes, "events": [counts.get(minute, 0) for minute in minutes]}
+
+
+def latency(database: Database) -> list[dict[str, Any]]:
+    """Return the rows of ingest_latency, the last hour first, in seconds. Raises Unavailable."""
+    return [
+        {
+            "hour": row["hour"].timestamp(),
+            "events": row["events"],
+            **{name: row[name].total_seconds() for name in ("p50", "p95", "p99", "max")},
+        }
+        for row in database.rows("SELECT * FROM ingest_latency ORDER BY hour DESC")
+    ]
+
+
+def missing(database: Database) -> dict[str, Any]:
+    """Return the gaps of missing_events, at most MISSING_MAX of them, and how many there are.
+
+    Raises Unavailable.
+    """
+    rows = database.rows(
+        f"""
+        SELECT *, count(*) OVER () AS gaps,
+            sum(last_sequence - first_sequence + 1) OVER ()::float8 AS events
+        FROM missing_events
+        ORDER BY device_id, boot, first_sequence
+        LIMIT {MISSING_MAX}
+        """
+    )
+    return {
+        "gaps": rows[0]["gaps"] if rows else 0,
+        "events": rows[0]["events"] if rows else 0,
+        "rows": [
+            {
+                "device": visible(row["device_id"]),
+                "boot": row["boot"],
+                "first": row["first_sequence"],
+                "last": row["last_sequence"],
+            }
+            for row in rows
+        ],
+    }

@@ -1,0 +1,355 @@
+"""What devices have measured: the list of them, a day at a glance, and a chart of a period.
+
+What it does: asks the views and the table of events, and chooses how finely a period is drawn.
+What it does not: know HTTP or HTML.
+
+Invariant: a chart has at most POINTS_MAX numbers, whatever the period holds.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from page.database import Database, Row
+from page.period import Period, gaps_after, step_seconds
+from page.text import decimals_of, number, visible
+
+# As many as a screen has pixels, or nearly. A point that stands for a step of time is three
+# numbers: the mean, the least and the greatest.
+POINTS_MAX = 2_000
+DEVICES_MAX = 8  # in one chart: as many as there are colours
+SPARKLINE_STEPS = 48
+SPARKLINE_DEVICES_MAX = 50
+
+# An event has its place in time by event_time(): the device's clock where it can be right, else
+# the database's. It is one of the two, so the second line takes nothing away; an index knows each.
+IN_PERIOD = """
+    device_id = %(device)s AND event_type = %(type)s
+    AND (ts_device >= %(since)s AND ts_device < %(until)s
+        OR ts_server >= %(since)s AND ts_server < %(until)s)
+    AND event_time(ts_device, ts_server) >= %(since)s
+    AND event_time(ts_device, ts_server) < %(until)s
+"""
+SECONDS = "extract(epoch FROM event_time(ts_device, ts_server))::float8"
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The last value of a device and type, as text for people."""
+
+    type: str
+    value: str
+    unit: str
+    at: datetime
+    is_number: bool
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device and what it said last; `usual_pause_seconds` is known of silent ones."""
+
+    id: str
+    last_seen_at: datetime
+    readings: Sequence[Reading]
+    is_silent: bool
+    usual_pause_seconds: float | None
+
+
+def devices(database: Database) -> list[Device]:
+    """Return all devices, by name. Raises Unavailable."""
+    latest: dict[str, list[Reading]] = {}
+    for row in database.rows(
+        "SELECT device_id, event_type, value_num, value_text, unit, ts_server FROM latest_values"
+    ):
+        latest.setdefault(row["device_id"], []).append(_reading(row))
+    silent = {
+        row["device_id"]: row["usual_pause"]
+        for row in database.rows("SELECT device_id, usual_pause FROM silent_devices")
+    }
+    return [
+        Device(
+            id=name,
+            last_seen_at=max(reading.at for reading in latest[name]),
+            readings=sorted(latest[name], key=lambda reading: reading.type),
+            is_silent=name in silent,
+            usual_pause_seconds=pause.total_seconds() if (pause := silent.get(name)) else None,
+        )
+        for name in sorted(latest)
+    ]
+
+
+def _reading(row: Row) -> Reading:
+    if row["value_num"] is not None:
+        value = number(row["value_num"])
+    elif row["value_text"] is not None:
+        value = visible(row["value_text"])
+    else:
+        value = "empty"
+    unit = visible(row["unit"] or "")
+    is_number = row["value_num"] is not None
+    return Reading(row["event_type"], value, unit, row["ts_server"], is_number)
+
+
+def sparklines(
+    database: Database, names: Sequence[str], period: Period
+) -> dict[str, dict[str, list[float | None]]]:
+    """Return the means of SPARKLINE_STEPS equal parts of a period, for each device and type.
+
+    None where there was nothing; a type of which there was nothing at all is left out. Raises
+    Unavailable.
+    """
+    found: dict[str, dict[str, list[float | None]]] = {}
+    rows = database.rows(
+        f"""
+        SELECT device_id, event_type, means.step, means.mean
+        FROM event_types_heard AS heard
+        CROSS JOIN LATERAL (
+            SELECT floor(({SECONDS} - %(since_seconds)s) / %(step)s)::int AS step,
+                avg(value_num) AS mean
+            FROM events
+            WHERE events.device_id = heard.device_id AND events.event_type = heard.event_type
+                AND ts_server >= %(since)s AND abs(value_num) < 1e100
+                AND event_time(ts_device, ts_server) >= %(since)s
+                AND event_time(ts_device, ts_server) < %(until)s
+            GROUP BY 1
+        ) AS means
+        WHERE device_id = ANY(%(devices)s) AND last_seen_at >= %(since)s
+        """,
+        devices=list(names),
+        since=period.since,
+        since_seconds=period.since.timestamp(),
+        until=period.until,
+        step=period.seconds / SPARKLINE_STEPS,
+    )
+    for row in rows:
+        types = found.setdefault(row["device_id"], {})
+        line = types.setdefault(row["event_type"], [None] * SPARKLINE_STEPS)
+        line[min(row["step"], SPARKLINE_STEPS - 1)] = row["mean"]
+    return found
+
+
+# --- a chart ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Point:
+    """A reading, or the readings of a step: its middle in seconds since 1970, and how they were."""
+
+    at: float
+    mean: float
+    least: float
+    greatest: float
+
+
+@dataclass(frozen=True)
+class Line:
+    """The numbers of a device in one unit, in order of time."""
+
+    device: str
+    unit: str
+    points: Sequence[Point]
+
+
+@dataclass(frozen=True)
+class State:
+    """Since when a device has said this; `text` is as it was sent."""
+
+    since: float
+    text: str
+
+
+@dataclass(frozen=True)
+class Chart:
+    """One type of event of some devices. `step_seconds` is 0 if the points are the readings.
+
+    `states` is by device. Of a device in `truncated` there were more changes than can be drawn,
+    and the earlier ones are left out.
+    """
+
+    type: str
+    period: Period
+    step_seconds: int
+    lines: Sequence[Line]
+    states: dict[str, Sequence[State]]
+    truncated: Sequence[str]
+
+
+def chart(database: Database, names: Sequence[str], event_type: str, period: Period) -> Chart:
+    """Return what devices have said of a type in a period. Raises Unavailable."""
+    share = POINTS_MAX // len(names)
+    parameters = [
+        {"device": name, "type": event_type, "since": period.since, "until": period.until}
+        for name in names
+    ]
+    if all(_count(database, share, chosen) <= share for chosen in parameters):
+        step = 0
+        lines = [line for chosen in parameters for line in _readings(database, chosen)]
+    else:
+        step = step_seconds(period, share // 3)
+        lines = [line for chosen in parameters for line in _means(database, step, chosen)]
+    states = {}
+    truncated = []
+    for chosen in parameters:
+        changes = _changes(database, share, chosen)
+        if len(changes) > share:
+            changes = changes[1:]
+            truncated.append(str(chosen["device"]))
+        if changes:
+            states[str(chosen["device"])] = changes
+    return Chart(event_type, period, step, lines, states, truncated)
+
+
+def _count(database: Database, most: int, parameters: Row) -> int:
+    """How many readings there are, up to one more than `most`."""
+    (row,) = database.rows(
+        f"""
+        SELECT count(*) FROM (
+            SELECT FROM events WHERE {IN_PERIOD} AND value_num IS NOT NULL LIMIT {most + 1}
+        ) AS found
+        """,
+        **parameters,
+    )
+    return int(row["count"])
+
+
+def _readings(database: Database, parameters: Row) -> list[Line]:
+    return _lines(
+        parameters,
+        database.rows(
+            f"""
+            SELECT unit, {SECONDS} AS at, value_num AS mean, value_num AS least,
+                value_num AS greatest
+            FROM events
+            WHERE {IN_PERIOD} AND value_num IS NOT NULL
+            ORDER BY at, ts_server, length(event_id), event_id
+            """,
+            **parameters,
+        ),
+    )
+
+
+def _means(database: Database, step: int, parameters: Row) -> list[Line]:
+    # A mean overflows with a value of 1e200, say, and one silly reading must not take the others
+    # away; where all of a step are such, its middle stands for them.
+    return _lines(
+        parameters,
+        database.rows(
+            f"""
+            SELECT unit, floor({SECONDS} / %(step)s) * %(step)s + %(step)s / 2.0::float8 AS at,
+                coalesce(
+                    avg(value_num) FILTER (WHERE abs(value_num) < 1e100),
+                    min(value_num) / 2 + max(value_num) / 2
+                ) AS mean,
+                min(value_num) AS least, max(value_num) AS greatest
+            FROM events
+            WHERE {IN_PERIOD} AND value_num IS NOT NULL
+            GROUP BY unit, 2
+            ORDER BY 2
+            """,
+            step=step,
+            **parameters,
+        ),
+    )
+
+
+def _lines(parameters: Row, rows: Iterable[Row]) -> list[Line]:
+    points: dict[str, list[Point]] = {}
+    for row in rows:
+        point = Point(row["at"], row["mean"], row["least"], row["greatest"])
+        points.setdefault(row["unit"] or "", []).append(point)
+    return [Line(parameters["device"], unit, points[unit]) for unit in sorted(points)]
+
+
+def _changes(database: Database, most: int, parameters: Row) -> list[State]:
+    """The texts of a period where they differ from the one before; what held when it began first.
+
+    If there are more than `most`, the last of them and one more.
+    """
+    rows = database.rows(
+        f"""
+        SELECT at, value_text FROM (
+            SELECT {SECONDS} AS at, value_text,
+                lag(value_text) OVER (
+                    ORDER BY event_time(ts_device, ts_server), ts_server, length(event_id), event_id
+                ) AS previous
+            FROM events
+            WHERE {IN_PERIOD} AND value_text IS NOT NULL
+        ) AS texts
+        WHERE value_text IS DISTINCT FROM previous
+        ORDER BY at DESC
+        LIMIT {most + 1}
+        """,
+        **parameters,
+    )
+    states = [State(row["at"], row["value_text"]) for row in reversed(rows)]
+    if len(states) <= most:
+        before = database.rows(
+            """
+            SELECT value_text
+            FROM events
+            WHERE device_id = %(device)s AND event_type = %(type)s AND value_text IS NOT NULL
+                AND ts_server < %(since)s
+            ORDER BY ts_server DESC, ts_device DESC NULLS LAST
+            LIMIT 1
+            """,
+            **parameters,
+        )
+        for row in before:
+            if not states or states[0].text != row["value_text"]:
+                states.insert(0, State(parameters["since"].timestamp(), row["value_text"]))
+            else:
+                states[0] = State(parameters["since"].timestamp(), row["value_text"])
+    return states
+
+
+# --- as JSON ---------------------------------------------------------------------------
+
+
+def chart_json(chart: Chart) -> dict[str, Any]:
+    """Return what the script draws: a plot for each unit, and the states."""
+    plots = []
+    for unit in sorted({line.unit for line in chart.lines}):
+        lines = [line for line in chart.lines if line.unit == unit]
+        points = [point for line in lines for point in line.points]
+        extremes = [value for point in points for value in (point.least, point.greatest)]
+        plots.append(
+            {
+                "unit": visible(unit),
+                "decimals": decimals_of(extremes),
+                "lines": [_line_json(line, chart.step_seconds) for line in lines],
+            }
+        )
+    return {
+        "from": chart.period.since.timestamp(),
+        "to": chart.period.until.timestamp(),
+        "step_seconds": chart.step_seconds,
+        "plots": plots,
+        "states": [
+            {
+                "device": visible(device),
+                "at": [state.since for state in states],
+                "text": [visible(state.text) for state in states],
+                "truncated": device in chart.truncated,
+            }
+            for device, states in chart.states.items()
+        ],
+    }
+
+
+def _line_json(line: Line, step: int) -> dict[str, Any]:
+    """A line as columns. In a gap stands a point without a value, where the drawing ends."""
+    gaps = set(gaps_after([point.at for point in line.points], step))
+    columns: dict[str, list[float | None]] = {"at": [], "mean": [], "least": [], "greatest": []}
+    for place, point in enumerate(line.points):
+        columns["at"].append(point.at)
+        columns["mean"].append(point.mean)
+        columns["least"].append(point.least)
+        columns["greatest"].append(point.greatest)
+        if place in gaps:
+            columns["at"].append((point.at + line.points[place + 1].at) / 2)
+            for name in ("mean", "least", "greatest"):
+                columns[name].append(None)
+    if step == 0:
+        del columns["least"], columns["greatest"]
+    return {"device": visible(line.device)} | columns
