@@ -276,7 +276,7 @@ def pins(folder: str) -> dict[str, list[str]]:
 
 def wanted(folder: str) -> set[str]:
     lines = (CHECKOUT / folder / "requirements.in").read_text("utf-8").splitlines()
-    return {line for line in lines if line and not line.startswith("#")}
+    return {line.split("<")[0] for line in lines if line and not line.startswith("#")}
 
 
 def test_the_requirements_pin_exactly_three_packages() -> None:
