@@ -409,7 +409,7 @@ def test_tests_of_one_group_run_in_one_worker(tmp_path: Path) -> None:
         "def test_worker(number):\n"
         "    print('worker:', os.environ['PYTEST_XDIST_WORKER'])\n"
     )
-    command = [sys.executable, "-m", "pytest", "-n", "2", "--dist", "loadgroup", "-rP", tmp_path]
+    command = [sys.executable, "-m", "pytest", "-n", "2", "--dist", "loadgroup", "-rP"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     workers = re.findall(r"worker: (\w+)", done.stdout)
     assert len(workers) == 6, done.stdout
