@@ -84,9 +84,9 @@ def test_a_database_that_crashed_because_its_disk_was_full_is_waited_for(
     with under_load(running) as trial:
         ballast = fill(postgres.folder)
         try:
-            wait_until(lambda: crashes(running, log_start), "PostgreSQL to crash", 30)
+            wait_until(lambda: crashes(running, log_start), "PostgreSQL to crash", 90)
             trial.warned()
-            wait_until(lambda: not postgres.running, "PostgreSQL to end", 30)
+            wait_until(lambda: not postgres.running, "PostgreSQL to end", 60)
         finally:
             ballast.unlink()
             if not postgres.running:
