@@ -42,6 +42,8 @@ _PIP_COMPILE = (
     ".pip-tools/bin/pip-compile --upgrade --strip-extras --generate-hashes --no-emit-index-url"
     " --no-emit-find-links"
 )
+_COMPOSE = "docker compose -f docker-compose.yml"
+_WEB = "overlays/web/tests types it"
 _SUDO = "becomes root, and changes files of the machine"
 NOT_TYPED = {
     "tools/stack up": _STACK,
@@ -117,6 +119,10 @@ NOT_TYPED = {
     "sudo install -o 10001 -m 400 mqtt_password database_password ca.crt"
     " /etc/homelab-ingester/": _SUDO,
     "sudo chmod 400 overlays/secure/secrets/database/server.key": _SUDO,
+    f"{_COMPOSE} -f overlays/web/docker-compose.yml up -d --build --wait": _WEB,
+    f"{_COMPOSE} -f overlays/secure/docker-compose.yml -f overlays/web/docker-compose.yml"
+    " -f overlays/web/secure.yml up -d --build --wait": _WEB,
+    "overlays/web/run": _WEB,
     "git worktree add ../before COMMIT": "needs a clone with its history",
 }
 
