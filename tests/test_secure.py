@@ -692,6 +692,8 @@ def test_changing_devices_leaves_the_broker_and_its_restart_policy_alone(
 
 # --- the database's roles ------------------------------------------------------------
 
+# What `reader` can do by itself against its own default.
+WRITE = "-c default_transaction_read_only=off"
 NOT_THE_INGESTERS = [
     "UPDATE events SET unit = 'x'",
     "TRUNCATE events",
@@ -756,8 +758,7 @@ def other_table(whole_stack: SecureStack) -> Iterator[None]:
 )
 def test_a_role_may_not(stack: SecureStack, role: str, sql: str) -> None:
     with pytest.raises(psycopg2.Error) as refused:
-        # Without that limit of the reader's which it can lift by itself.
-        stack.query_as(role, sql, options="-c default_transaction_read_only=off")
+        stack.query_as(role, sql, options=WRITE)
     # Insufficient privilege, whatever it is that was asked for.
     assert refused.value.pgcode == "42501", refused.value
 
@@ -840,9 +841,10 @@ def test_the_readers_password_is_that_of_its_file_whatever_the_schema_step_is_gi
 def test_what_a_role_sets_for_itself_or_holds_is_undone_by_the_schema_step(
     stack: SecureStack,
 ) -> None:
-    stack.query_as("reader", "ALTER ROLE reader SET statement_timeout = 0")
+    sql = "ALTER ROLE reader {} SET statement_timeout = 0"
+    stack.query_as("reader", sql.format(""), options=WRITE)
     assert stack.query_as("reader", "SHOW statement_timeout") == [("30s",)]
-    stack.query_as("reader", "ALTER ROLE reader IN DATABASE qs SET statement_timeout = 0")
+    stack.query_as("reader", sql.format("IN DATABASE qs"), options=WRITE)
     sql = "ALTER ROLE ingester SET default_transaction_read_only = on"
     stack.query_as("ingester", f"{sql}; ALTER ROLE ingester PASSWORD 'mine'")
     with closing(stack.connect_database("ingester", "mine")) as holder:
