@@ -1,11 +1,13 @@
 #!/bin/sh
 # Applies every file of init/ in the order of their numbers, in one transaction:
 # afterwards all of it is there, or nothing has changed. Run on every start, so each
-# file is idempotent. It reads no settings of its own: libpq's variables (PGHOST,
-# PGDATABASE, PGUSER, PGPASSWORD, ...) say which database.
+# file is idempotent. Then lets `reader` log in by READER_PASSWORD; not at all, if that is
+# empty. Of other settings it reads none: libpq's variables (PGHOST, PGDATABASE, PGUSER,
+# PGPASSWORD, ...) say which database.
 set -eu
 
 here=$(dirname "$0")
+. "$here/passwords.sh"
 
 set --
 for file in "$here"/init/*.sql; do
@@ -27,5 +29,10 @@ export PGOPTIONS="${PGOPTIONS:-} -c client_min_messages=warning -c statement_tim
 
 # The lock lets one run wait for another: two at once fail with 23505 (duplicate key in
 # the catalog). Its number is arbitrary, and only this script takes it.
-exec psql --no-psqlrc --quiet --no-password --set ON_ERROR_STOP=1 --single-transaction \
-    --output /dev/null -c 'SELECT pg_advisory_xact_lock(7153001)' "$@"
+lock='SELECT pg_advisory_xact_lock(7153001)'
+
+psql --no-psqlrc --quiet --no-password --set ON_ERROR_STOP=1 --single-transaction \
+    --output /dev/null -c "$lock" "$@"
+given=${READER_PASSWORD:+yes}
+psql_with_password "${READER_PASSWORD:-}" --single-transaction --set given="${given:-no}" \
+    -c "$lock" -f "$here/reader.sql"

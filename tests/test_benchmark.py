@@ -92,9 +92,8 @@ def test_another_checkout_runs_with_its_own_code_schema_and_broker_configuration
     tmp_path: Path,
 ) -> None:
     other = tmp_path / "other"
-    for name in ("ingester", "postgres/init", "mosquitto/config"):
+    for name in ("ingester", "postgres", "mosquitto/config"):
         shutil.copytree(CHECKOUT / name, other / name)
-    shutil.copy(CHECKOUT / "postgres/apply-schema.sh", other / "postgres")
     with (other / "ingester/__init__.py").open("a") as file:
         file.write("print('the other ingester', flush=True)\n")
     (other / "postgres/init/999_other.sql").write_text("CREATE TABLE IF NOT EXISTS other ();\n")

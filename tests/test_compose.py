@@ -644,6 +644,23 @@ def test_every_setting_reaches_the_ingester_and_the_port_inside_stays_5432(
         device.deliver([event(1, "moved")])
 
 
+def test_the_reader_looks_as_documented_once_it_has_a_password(put_back: Compose) -> None:
+    stack = put_back
+    (block,) = documents.blocks("As `reader`")
+    inside, outside = block.splitlines()
+    stack.up(READER_PASSWORD="let me look")
+    with typed(stack, inside) as terminal:
+        assert terminal.wait_end() == 0, str(terminal)
+    with typed(stack, outside) as terminal:
+        terminal.wait_for("Password for user reader:")
+        terminal.press("let me look\r")
+        assert terminal.wait_end() == 0, str(terminal)
+    stack.up()
+    with typed(stack, inside) as terminal:
+        assert terminal.wait_end() == 2
+        assert "is not permitted to log in" in terminal.output
+
+
 def test_a_variable_of_the_shell_wins_over_the_file(put_back: Compose) -> None:
     put_back.up("ingester", LOG_LEVEL="DEBUG", DEVICE_DEFAULT_TZ="America/Los_Angeles")
     with Device(1883, "shell") as device:

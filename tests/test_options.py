@@ -44,6 +44,7 @@ OPTIONS = {
     "POSTGRES_USER": "the-owner",
     "POSTGRES_PASSWORD": WRITTEN,
     "POSTGRES_PASSWORD_FILE": "/run/given/password",
+    "READER_PASSWORD": WRITTEN,
     "POSTGRES_HOST": "database.lan",
     "MQTT_HOST": "broker.lan",
     "MQTT_PORT": "8885",
@@ -289,7 +290,8 @@ def test_a_port_that_is_taken_is_named_and_every_other_option_serves_in_compose(
         stack.up()
         assert arrived(stack, list(settings)) == settings | {"POSTGRES_PORT": "5432"}
         try_all(stack, Asker(ports["MQTT_PORT_PUBLISHED"], f"plain-{number}"), str(number))
-        assert rows(settings)[f"plain-{number}-{number}"] == UTC_TIME
+        for role in ("the-owner", "reader"):
+            assert rows(settings, user=role)[f"plain-{number}-{number}"] == UTC_TIME
     assert "u'someone')" in stack.log("mosquitto")
     assert git_sees_its_files(stack)
 
@@ -352,7 +354,8 @@ def test_the_same_file_serves_without_docker(shown: SecureStack, tmp_path: Path)
         item = event(1, "bare", ts_device=LOCAL_TIME)
         assert device.ask(item)["status"] == "stored"
         port = str(stack.ports.postgres)
-        assert rows(settings, port=port) == {"bare-1": UTC_TIME}
+        for role in ("the-owner", "reader"):
+            assert rows(settings, user=role, port=port) == {"bare-1": UTC_TIME}
         wait_until(lambda: " DEBUG batch" in stack.ingester.log(), "the log")
         assert "as another-ingester (" in stack.mosquitto.log()
         assert "u'someone')" in stack.mosquitto.log()

@@ -692,6 +692,8 @@ def test_changing_devices_leaves_the_broker_and_its_restart_policy_alone(
 
 # --- the database's roles ------------------------------------------------------------
 
+# What `reader` can do by itself against its own default.
+WRITE = "-c default_transaction_read_only=off"
 NOT_THE_INGESTERS = [
     "UPDATE events SET unit = 'x'",
     "TRUNCATE events",
@@ -756,7 +758,7 @@ def other_table(whole_stack: SecureStack) -> Iterator[None]:
 )
 def test_a_role_may_not(stack: SecureStack, role: str, sql: str) -> None:
     with pytest.raises(psycopg2.Error) as refused:
-        stack.query_as(role, sql)
+        stack.query_as(role, sql, options=WRITE)
     # Insufficient privilege, whatever it is that was asked for.
     assert refused.value.pgcode == "42501", refused.value
 
@@ -825,12 +827,24 @@ def test_a_role_takes_its_share_of_connections_and_of_the_disk_and_no_more(
     assert stack.query_as("reader", "SHOW statement_timeout") == [("30s",)]
 
 
+def test_the_readers_password_is_that_of_its_file_whatever_the_schema_step_is_given(
+    stack: SecureStack,
+) -> None:
+    # As .env, the shell or another overlay brings it there.
+    stack.up(READER_PASSWORD="reader")
+    assert environment_of(stack, "schema")["READER_PASSWORD"] == "reader"
+    with pytest.raises(psycopg2.OperationalError, match="password authentication failed"):
+        stack.connect_database("reader", "reader")
+    assert stack.query_as("reader", "SHOW default_transaction_read_only") == [("on",)]
+
+
 def test_what_a_role_sets_for_itself_or_holds_is_undone_by_the_schema_step(
     stack: SecureStack,
 ) -> None:
-    stack.query_as("reader", "ALTER ROLE reader SET statement_timeout = 0")
+    sql = "ALTER ROLE reader {} SET statement_timeout = 0"
+    stack.query_as("reader", sql.format(""), options=WRITE)
     assert stack.query_as("reader", "SHOW statement_timeout") == [("30s",)]
-    stack.query_as("reader", "ALTER ROLE reader IN DATABASE qs SET statement_timeout = 0")
+    stack.query_as("reader", sql.format("IN DATABASE qs"), options=WRITE)
     sql = "ALTER ROLE ingester SET default_transaction_read_only = on"
     stack.query_as("ingester", f"{sql}; ALTER ROLE ingester PASSWORD 'mine'")
     with closing(stack.connect_database("ingester", "mine")) as holder:
@@ -1050,19 +1064,44 @@ def test_a_default_stack_moves_in_with_its_events(stack: SecureStack) -> None:
     stack.down("--volumes")
     files = stack.environment.pop("COMPOSE_FILE")
     try:
-        stack.up()
+        stack.up(READER_PASSWORD="reader")
+        stack.connect_database("reader", "reader", sslmode="disable").close()
         with Device(1883, "moving") as device:
             device.deliver([event("before", "moving")])
         stack.down()
     finally:
         stack.environment["COMPOSE_FILE"] = files
         stack.up()
+    with pytest.raises(psycopg2.OperationalError, match="password authentication failed"):
+        stack.connect_database("reader", "reader")
+    assert stack.query_as("reader", "SELECT device_id FROM events") == [("moving",)]
     assert stack.event_ids("moving") == {"moving-before"}
     with pytest.raises(psycopg2.OperationalError, match="password authentication failed"):
         stack.connect_database("qs", "qs_password")
     stack.connect_database("qs", owner).close()
     with stack.client("alpha") as alpha:
         assert alpha.ask(event("moved", "alpha"))["status"] == "stored"
+
+
+def test_back_in_the_default_stack_the_reader_has_the_password_of_its_settings_or_none(
+    stack: SecureStack,
+) -> None:
+    stack.psql("ALTER ROLE qs PASSWORD 'qs_password'")  # as the README says
+    stack.down()
+    files = stack.environment.pop("COMPOSE_FILE")
+    try:
+        for password in ("", "mine"):
+            stack.up(READER_PASSWORD=password)
+            with pytest.raises(psycopg2.OperationalError, match="password authentication failed"):
+                stack.connect_database(
+                    "reader", stack.secret("database_reader_password"), sslmode="disable"
+                )
+        stack.connect_database("reader", "mine", sslmode="disable").close()
+        stack.down()
+    finally:
+        stack.environment["COMPOSE_FILE"] = files
+        stack.up()
+    assert stack.query_as("reader", "SELECT 1") == [(1,)]
 
 
 def test_the_ingester_alone_serves_a_broker_and_a_database_elsewhere(

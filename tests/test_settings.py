@@ -27,8 +27,13 @@ from tests.support.certificates import Authority, Certificate, openssl
 from tools.process import CHECKOUT, clean_environment
 
 DOTENV = {name: value or "" for name, value in dotenv_values(CHECKOUT / ".env").items()}
-# For Compose alone: the broker's ports on this machine.
-PUBLISHED = {"MQTT_PORT_PUBLISHED", "MQTT_TLS_PORT_PUBLISHED", "MQTT_WEBSOCKET_PORT"}
+# Not for the ingester: the broker's ports on this machine, and what the schema step sets.
+OTHERS = {
+    "MQTT_PORT_PUBLISHED",
+    "MQTT_TLS_PORT_PUBLISHED",
+    "MQTT_WEBSOCKET_PORT",
+    "READER_PASSWORD",
+}
 # What the code has no default for.
 NEEDED = {
     "MQTT_HOST": "mosquitto",
@@ -60,6 +65,7 @@ def test_the_file_has_the_documented_variables_and_values() -> None:
         "POSTGRES_USER": "qs",
         "POSTGRES_PASSWORD": "qs_password",
         "POSTGRES_PASSWORD_FILE": "",
+        "READER_PASSWORD": "",
         "POSTGRES_HOST": "postgres",
         "POSTGRES_PORT": "5432",
         "MQTT_HOST": "mosquitto",
@@ -138,7 +144,7 @@ def test_every_variable_of_the_file_is_read_and_every_one_read_is_in_the_file() 
     Settings.from_env(recorder)
     libpqs = {name for name in recorder.asked if name.startswith("PG")}
     # Compose alone sets HEARTBEAT_FILE, for its healthcheck.
-    assert recorder.asked - libpqs - {"HEARTBEAT_FILE"} == set(DOTENV) - PUBLISHED
+    assert recorder.asked - libpqs - {"HEARTBEAT_FILE"} == set(DOTENV) - OTHERS
 
 
 @pytest.mark.parametrize("name", [*DOTENV, "HEARTBEAT_FILE", "PGHOST", "PGPORT", "PGDATABASE"])
@@ -877,7 +883,7 @@ def environment_of(service: str) -> dict[str, str]:
 
 
 def test_compose_passes_every_variable_by_name_and_pins_the_port_inside() -> None:
-    assert environment_of("ingester") == dict.fromkeys(DOTENV.keys() - PUBLISHED, "") | {
+    assert environment_of("ingester") == dict.fromkeys(DOTENV.keys() - OTHERS, "") | {
         "POSTGRES_PORT": "5432",
         "HEARTBEAT_FILE": "/tmp/heartbeat",
     }

@@ -21,7 +21,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import NamedTuple, Self
 
 from tools.process import (
@@ -178,9 +178,13 @@ class Postgres(Process):
         """Runs SQL; returns the rows, one a line, their columns separated by `|`."""
         return self._client(["psql", "-XqAtw", "-v", "ON_ERROR_STOP=1", "-c", sql], dbname)
 
-    def apply_schema(self, dbname: str | None = None, checkout: Path = CHECKOUT) -> None:
+    def apply_schema(
+        self, dbname: str | None = None, checkout: Path = CHECKOUT, reader_password: str = ""
+    ) -> None:
+        """Brings a database up to date; without a password `reader` cannot log in."""
+        script = ["sh", f"{checkout}/postgres/apply-schema.sh"]
         try:
-            self._client(["sh", f"{checkout}/postgres/apply-schema.sh"], dbname)
+            self._client(script, dbname, {"READER_PASSWORD": reader_password})
         except StackError as error:
             hint = "(The database's name, user and password are those it was first made with.)"
             raise StackError(f"{error}\n{hint}") from None
@@ -204,7 +208,12 @@ class Postgres(Process):
         path = search_path(version.read_text().strip()) if version.exists() else search_path()
         return clean_environment() | {"PATH": path}
 
-    def _client(self, command: Sequence[str], dbname: str | None) -> str:
+    def _client(
+        self,
+        command: Sequence[str],
+        dbname: str | None,
+        variables: Mapping[str, str] = MappingProxyType({}),
+    ) -> str:
         libpq = {
             "PGHOST": LOOPBACK,
             "PGPORT": str(self.port),
@@ -213,7 +222,7 @@ class Postgres(Process):
             "PGDATABASE": dbname or self.dbname,
             "PGCONNECT_TIMEOUT": "5",
         }
-        return run(command, self._environment() | libpq)
+        return run(command, {**self._environment(), **libpq, **variables})
 
     def _make_data(self) -> None:
         # Under another name first, or a half-made one would be taken for good next time.
@@ -280,7 +289,7 @@ class Stack:
     """Broker, database with its schema, and ingester, for as long as a `with` lasts.
 
     Without a folder: in a temporary one, removed in the end. Without ports: on free ones.
-    The database's name, user and password are those of `environment`, which goes to the
+    The database's name, user and passwords are those of `environment`, which goes to the
     ingester as a whole. Code, schema and configuration are those of `checkout`.
     """
 
@@ -337,7 +346,8 @@ class Stack:
                 server.start()
             self.mosquitto.wait_ready()
             self.postgres.wait_ready()
-            self.postgres.apply_schema(checkout=self.checkout)
+            reader_password = self.environment.get("READER_PASSWORD", "")
+            self.postgres.apply_schema(checkout=self.checkout, reader_password=reader_password)
             if self.with_ingester:
                 self._cleanup.callback(self.ingester.stop)
                 self.ingester.start()

@@ -1,6 +1,6 @@
 -- Two roles with fewer rights than the owner: `ingester`, which may do what the daemon does
--- and no more, and `reader`, for dashboards. Neither can log in until somebody gives it
--- LOGIN and a password, as overlays/secure does.
+-- and no more, and `reader`, for dashboards. Neither can log in until it is given LOGIN and a
+-- password: `reader` by READER_PASSWORD (reader.sql), both by overlays/secure.
 --
 -- Idempotent: it runs on every `docker compose up`.
 

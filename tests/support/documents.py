@@ -24,6 +24,7 @@ HISTORY = ("CHANGELOG.md", "benchmark/results/")
 
 # A ```shell block needs a state of its own. It is typed as a whole, by one test for each chapter.
 BLOCKS = {
+    "As `reader`": "tests/test_compose.py",
     "Backup and restore": "tests/test_backup.py",
     "The broker does not start": "tests/test_compose.py",
 }

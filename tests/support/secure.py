@@ -102,11 +102,11 @@ class SecureStack(Compose):
         connection.autocommit = True
         return connection
 
-    def query_as(self, role: str, sql: str) -> list[tuple[Any, ...]]:
-        """Run one statement as a role; return its rows."""
+    def query_as(self, role: str, sql: str, **options: str) -> list[tuple[Any, ...]]:
+        """Run one statement as a role; return its rows. `options` are those of the connection."""
         password = self.secret(f"database_{role}_password")
         with (
-            closing(self.connect_database(role, password)) as connection,
+            closing(self.connect_database(role, password, **options)) as connection,
             connection.cursor() as cursor,
         ):
             cursor.execute(sql)

@@ -1,25 +1,19 @@
--- What the roles `ingester` and `reader` may take of the server, and what PostgreSQL gives to
--- everybody and they do not need. As a superuser, in the stack's database.
+-- What the role `ingester` may take of the server, and what PostgreSQL gives to everybody and
+-- neither it nor `reader` needs. As a superuser, in the stack's database. What `reader` may take
+-- is the same in the default stack, and stands in postgres/reader.sql.
 --
 -- Idempotent: it runs on every start, and so undoes what a role has set for itself, which
--- cannot be refused. What is a default alone (statement_timeout, work_mem) a role can change
--- for its own sessions. What it cannot: temp_file_limit, the number of its connections, and the
--- memory of a process, which docker-compose.yml limits.
+-- cannot be refused. What is a default alone a role can change for its own sessions. What it
+-- cannot: temp_file_limit, the number of its connections, and the memory of a process, which
+-- docker-compose.yml limits.
 
--- Both together less than max_connections: neither keeps the other or the owner out.
+-- Together with the reader's less than max_connections: neither keeps the other or the owner out.
 ALTER ROLE ingester LOGIN CONNECTION LIMIT 5;
-ALTER ROLE reader LOGIN CONNECTION LIMIT 10;
 
 -- For this database, which wins over what is set for a role in general.
 ALTER ROLE ingester RESET ALL;
 ALTER ROLE ingester IN DATABASE :"database" RESET ALL;
 ALTER ROLE ingester IN DATABASE :"database" SET temp_file_limit = '512MB';
-ALTER ROLE reader RESET ALL;
-ALTER ROLE reader IN DATABASE :"database" RESET ALL;
-ALTER ROLE reader IN DATABASE :"database" SET temp_file_limit = '512MB';
-ALTER ROLE reader IN DATABASE :"database" SET statement_timeout = '30s';
-ALTER ROLE reader IN DATABASE :"database" SET idle_in_transaction_session_timeout = '1min';
-ALTER ROLE reader IN DATABASE :"database" SET work_mem = '8MB';
 
 -- Temporary tables and large objects would fill the disk, and a full one stops the ingester.
 REVOKE TEMPORARY ON DATABASE :"database" FROM PUBLIC;

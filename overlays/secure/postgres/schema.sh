@@ -20,23 +20,17 @@ end_what_blocks() {
 
 end_what_blocks &
 trap "kill $!" EXIT
+# The password of its file, whatever .env or another overlay has put into READER_PASSWORD.
+READER_PASSWORD=$(cat /run/secrets/database_reader_password)
+export READER_PASSWORD
 PGAPPNAME=schema sh /postgres/apply-schema.sh
-
-# By psql's \password, which sends the hash and never the password: so no log of the
-# database can hold it. Without a terminal it reads from standard input, twice. Its prompts
-# are shown only together with an error.
-set_password() {
-    password=$(cat "/run/secrets/$2")
-    said=$(printf '%s\n%s\n' "$password" "$password" |
-        setsid --wait psql --no-psqlrc --quiet --no-password --set ON_ERROR_STOP=1 \
-            --set role="$1" --command '\password :"role"' 2>&1) || {
-        echo "$said" >&2
-        exit 1
-    }
-}
 
 PGAPPNAME=schema psql --no-psqlrc --quiet --no-password --set ON_ERROR_STOP=1 \
     --single-transaction --set database="$PGDATABASE" --file /overlay/limits.sql
+
+. /postgres/passwords.sh
+set_password() {
+    psql_with_password "$(cat "/run/secrets/$2")" --set role="$1" --command '\password :"role"'
+}
 set_password "$PGUSER" postgres_password
 set_password ingester database_ingester_password
-set_password reader database_reader_password
