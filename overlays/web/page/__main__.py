@@ -21,7 +21,7 @@ def main() -> None:
     """Serve until SIGTERM or Ctrl-C."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     listen = os.environ.get("WEB_LISTEN") or LISTEN_DEFAULT
-    print(f"the page is at http://{listen}", flush=True)
+    print(f"listening on {listen}", flush=True)
     # More threads than connections, so that what needs no database is answered meanwhile.
     serve(make_app(Database()), listen=listen, threads=2 * CONNECTIONS_MAX, ident="")
 
