@@ -1,0 +1,1 @@
+"""The bridge: events of the contract from what other firmware publishes; docs/bridge.md."""
