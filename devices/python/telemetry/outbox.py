@@ -14,6 +14,7 @@ import logging
 import math
 import random
 import re
+import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -118,6 +119,7 @@ class Outbox:
         self._unforgotten: set[str] = set()  # answered, but the disk was full
         self._dropped = 0
         self._refused = 0
+        self._repeated = 0
         self._connected = False
         self._answered = False  # since connected(): the way to the database is open
         self._answered_at = -math.inf
@@ -157,11 +159,18 @@ class Outbox:
             raise result
         return result
 
-    def add_all(self, events: Iterable[Event]) -> list[str | EventRefused]:
+    def add_all(
+        self,
+        events: Iterable[Event],
+        also: Callable[[sqlite3.Connection], object] | None = None,
+    ) -> list[str | EventRefused]:
         """Keep many events in one transaction: either all survive a power cut, or it raises.
 
         Return for each its id, or why it was refused: that one alone is left out. An event
-        with an `event_id` of its own that is waiting already is no second event.
+        with an `event_id` of its own that is waiting already is no second event; repeated()
+        counts it. `also` is called within the transaction, for tables of the program's own in
+        the same database, perhaps a second time after all was undone; it is called without
+        events too.
         """
         results: list[str | EventRefused] = []
         kept: list[Kept] = []
@@ -175,10 +184,11 @@ class Outbox:
                 continue
             kept.append(item)
             results.append(item.event_id)
-        try:
-            self._keep(kept)
-        except StoreFull:  # there may be room now that the WAL is in the database
-            self._keep(kept)
+        if kept or also is not None:
+            try:
+                self._keep(kept, also)
+            except StoreFull:  # there may be room now that the WAL is in the database
+                self._keep(kept, also)
         self._sequences.update(sequences)
         return results
 
@@ -193,6 +203,10 @@ class Outbox:
     def refused(self) -> int:
         """Return how many events were refused because they could never be stored."""
         return self._refused
+
+    def repeated(self) -> int:
+        """Return how many events were waiting already when they were added."""
+        return self._repeated
 
     def damaged(self) -> int:
         """Return how many databases were set aside when it was opened."""
@@ -311,17 +325,18 @@ class Outbox:
             sequences[device_id] = sequence
         return Kept(event_id, device_id, payload)
 
-    def _keep(self, kept: list[Kept], is_telling: bool = False) -> None:
-        if not kept:
-            return
-        with self._store.transaction(durable=True):
+    def _keep(
+        self, kept: list[Kept], also: Callable[[sqlite3.Connection], object] | None = None
+    ) -> None:
+        with self._store.transaction(durable=True) as connection:
             self._store.remove(self._unforgotten)
-            if is_telling:
-                self._store.remove_runs()
             new = [item for item in kept if self._store.add(item)]
             dropped = self._drop_oldest(new)
+            if also is not None:
+                also(connection)
         self._unforgotten.clear()
-        self._has_lost = bool(dropped) or (self._has_lost and not is_telling)
+        self._repeated += len(kept) - len(new)
+        self._has_lost = self._has_lost or bool(dropped)
         for item in new:
             lane = self._lanes.setdefault(item.device_id, Lane())
             lane.waiting += 1
@@ -472,9 +487,10 @@ class Outbox:
             event = Event("outbox_dropped", number, None, NO_TIME, meta, device_id)
             kept.append(self._kept(event, sequences))
         try:
-            self._keep(kept, is_telling=True)
+            self._keep(kept, lambda connection: self._store.remove_runs())
         except StoreFull:
             return
+        self._has_lost = False
         self._sequences.update(sequences)
 
 

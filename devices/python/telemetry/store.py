@@ -227,7 +227,7 @@ class Store:
     # --- what changes it, within a transaction --------------------------------------------
 
     @contextmanager
-    def transaction(self, durable: bool) -> Iterator[None]:
+    def transaction(self, durable: bool) -> Iterator[sqlite3.Connection]:
         """All or nothing of what is within; if `durable`, it is on the disk at the end.
 
         Otherwise a power cut may undo it, but nothing before it.
@@ -236,7 +236,7 @@ class Store:
         try:
             connection.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
             connection.execute("BEGIN IMMEDIATE")
-            yield
+            yield connection
             connection.execute("COMMIT")
         except BaseException as error:
             self._undo(connection)
