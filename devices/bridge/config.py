@@ -16,7 +16,7 @@ from zoneinfo import ZoneInfo
 
 from devices.bridge.presets import PRESETS
 from devices.bridge.source import Source, Sources, SourceSettings
-from devices.bridge.template import TemplateError, compile_template, overlap
+from devices.bridge.template import TemplateError, compile_template
 from devices.bridge.value import unit_name
 
 _SOURCE_KEYS = {
@@ -141,13 +141,11 @@ def _configuration(document: dict[str, Any], env: Mapping[str, str]) -> Configur
 
 
 def _refuse_loop(source: Source, topics: Topics, place: str) -> None:
-    for mine in source.filters:
-        for own in topics.filters:
-            if overlap(mine, own):
-                raise ConfigError(
-                    f"{place}: {mine} would bring {own}, which the stack itself writes: a loop;"
-                    " name a prefix or a topic that leaves it out"
-                )
+    if own := source.brings(topics.filters):
+        raise ConfigError(
+            f"{place}: it would read {own}, which the stack itself writes: a loop; name a prefix"
+            " or a topic that leaves it out"
+        )
 
 
 def _source(table: Any, place: str, env: Mapping[str, str]) -> Source:
@@ -159,6 +157,8 @@ def _source(table: Any, place: str, env: Mapping[str, str]) -> Source:
     if prefix is not None and (not prefix or set(prefix) & set("+#{}") or "" in prefix.split("/")):
         raise ConfigError(f"{place}: prefix: expected levels of a topic, got {prefix!r}")
     time = table.get("time", [])
+    if "portal" in table and preset != "victron":
+        raise ConfigError(f'{place}: portal: only of preset = "victron"')
     settings = SourceSettings(
         preset,
         _zone(table.get("timezone"), place, env),

@@ -275,11 +275,13 @@ _SHELLY_LEAVE = (
     *("wifi.sta_ip*", "eth.ip*", "wifi.*.ip*", "sys.last_sync_ts", "cloud.*", "mqtt.*", "ws.*"),
     "*.started_at",
 )
+# Of a component there is one, as `sys`, or several, as `switch:0`.
+_SHELLY_COMPONENTS = "[a-z0-9_]+:[0-9]+|sys|wifi|eth|ble|cloud|mqtt|ws|ui|modbus|knx|matter|bthome"
 SHELLY_GEN2 = Preset(
     "",
     (
         Rule("{device...}/events/rpc", at=("params",), json_only=True),
-        Rule("{device...}/status/{event_type}"),
+        Rule("{device...}/status/{event_type}", where={"event_type": _SHELLY_COMPONENTS}),
         Rule("{device...}/online", event_type="online"),
     ),
     time=("params.ts",),

@@ -57,11 +57,9 @@ class Source:
         self._rules: list[tuple[Rule, Template]] = []
         for rule in rules:
             topic = rule.topic
-            if prefix and settings.prefix is not None and "{prefix}" not in topic:
-                # Of a preset whose topics begin with the device, the prefix is a device's.
-                for first in ("{device...}", "{device}"):
-                    if topic.startswith(f"{first}/"):
-                        topic = prefix + topic[len(first) :]
+            if prefix and settings.topic is None and not topic.startswith("{prefix}"):
+                # Topics that begin with the device: the prefix is what stands before it.
+                topic = f"{prefix}/{topic}" if topic.startswith("{device") else topic
             template = compile_template(topic.replace("{prefix}", prefix), rule.where)
             self._rules.append((rule, template))
         self.prefix = prefix
@@ -81,6 +79,16 @@ class Source:
             return [self.preset.subscribe.replace("{prefix}", self.prefix)]
         rules = (template for rule, template in self._rules if not rule.ignore)
         return [each for template in rules for each in template.filters]
+
+    def brings(self, filters: Iterable[str]) -> str | None:
+        """Return which of the filters, a + of which is one name, a rule reads; None if none."""
+        for own in filters:
+            for rule, template in self._rules:
+                # Of the names that a + can stand for, those count that the template demands.
+                names = {"x", *template.text.split("/")}
+                if not rule.ignore and any(template.match(own.replace("+", n)) for n in names):
+                    return own
+        return None
 
     def place(self, topic: str) -> tuple[tuple[int, int], Place] | None:
         """Return where the topic belongs in this source, and how closely it fits."""

@@ -1,0 +1,252 @@
+"""One MQTT session at the other side's broker: messages in, PUBACKs out.
+
+What it does: connects, subscribes, reads what has arrived, and PUBACKs what it is told to. What it
+does not: look into a message, or PUBACK by itself.
+
+Invariant: a message is PUBACKed at most once, and only on the connection that brought it: packet
+ids begin again after a broker's restart, so an old one would delete other messages unseen.
+"""
+
+import logging
+import random
+import select
+import socket
+import ssl
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from paho.mqtt import client as paho
+from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode
+
+from devices.bridge.config import BrokerSettings
+
+CONNECT_SECONDS = 3.0
+KEEPALIVE_SECONDS = 15
+RETRY_SECONDS_MIN = 1.0
+RETRY_SECONDS_MAX = 30.0
+# Read in one turn, so that the other sessions have theirs.
+BATCH_MESSAGES_MAX = 500
+BATCH_BYTES_MAX = 4_194_304
+# After PUBACKs so long, the broker is asked for an answer, which tells that it has them.
+CONFIRM_SECONDS = 5.0
+# Nobody subscribes to it: unsubscribing from it changes nothing, and is answered in its turn.
+CONFIRM_TOPIC = "homelab-bridge/no-topic"
+
+log = logging.getLogger(__name__)
+
+
+class Arrived(NamedTuple):
+    """A message off the wire, not PUBACKed yet."""
+
+    topic: str
+    payload: bytes
+    mid: int
+    qos: int
+    is_redelivered: bool
+    retained: bool
+    connection: int
+
+
+class Session:
+    """One session, over all of its connections."""
+
+    def __init__(
+        self, broker: BrokerSettings, client_id: str, filters: Sequence[str], is_kept: bool = True
+    ) -> None:
+        self._broker = broker
+        self._client_id = client_id
+        self._filters = list(filters)
+        self._is_kept = is_kept  # the broker keeps the session while we are away
+        self._client: paho.Client | None = None
+        self._arrived: list[Arrived] = []
+        self._bytes = 0
+        self._connect_at = 0.0
+        self._retry_seconds = RETRY_SECONDS_MIN
+        self._trouble = ""
+        self._confirm_at = 0.0
+        self._confirm_mid: int | None = None
+        self._has_settled = False
+        self.connection = 0
+        self.is_up = False  # the broker has granted the subscriptions
+        self.is_fresh = False  # the broker knew no session: nothing is delivered again
+        self.confirmations = 0  # how often the broker has told that it has all PUBACKs before
+
+    @property
+    def socket(self) -> Any:
+        """The socket of the present connection; None if there is none."""
+        return self._client.socket() if self._client else None
+
+    @property
+    def wants_to_write(self) -> bool:
+        """Whether something waits to be written."""
+        return self._client is not None and self._client.want_write()
+
+    def read(self) -> list[Arrived]:
+        """Connect if need be, read what is there, and return it; it does not wait."""
+        if self._client is None:
+            if time.monotonic() >= self._connect_at:
+                self._connect()
+            return []
+        while self._is_readable():
+            if not self._is_fine(self._client.loop_read()):
+                return []
+            if len(self._arrived) >= BATCH_MESSAGES_MAX or self._bytes >= BATCH_BYTES_MAX:
+                break
+        self.keep_alive()
+        if self._client is None:
+            return []
+        arrived, self._arrived, self._bytes = self._arrived, [], 0
+        return arrived
+
+    def keep_alive(self) -> None:
+        """Write what is to be written, a ping when it is due among it; read nothing."""
+        if self._client is None:
+            return
+        if self._client.want_write() and not self._is_fine(self._client.loop_write()):
+            return
+        if self._is_fine(self._client.loop_misc()):
+            self._ask_for_confirmation()
+
+    def settle(self, arrived: Sequence[Arrived]) -> None:
+        """PUBACK these messages, unless the connection that brought them is gone."""
+        for message in arrived:
+            if self._client is None or message.connection != self.connection:
+                return
+            if message.qos:  # to PUBACK a message of QoS 0 makes the broker disconnect us
+                self._client.ack(message.mid, message.qos)
+                self._has_settled = True
+
+    def publish(self, topic: str, payload: bytes) -> None:
+        """Publish with QoS 0, if there is a connection."""
+        if self._client is not None and self.is_up:
+            self._client.publish(topic, payload)
+
+    def close(self) -> None:
+        """Disconnect when the broker has taken what we wrote; the session stays."""
+        if self._client is None:
+            return
+        until = time.monotonic() + 1.0
+        self._client.disconnect()
+        while self._client.want_write() and self._client.socket() and time.monotonic() < until:
+            self._client.loop_write()
+        self._client, self.is_up = None, False
+
+    # --- the connection -------------------------------------------------------------------
+
+    def _connect(self) -> None:
+        # A random part of it, or all sessions come at once when the broker is back.
+        self._connect_at = time.monotonic() + self._retry_seconds * random.uniform(0.5, 1)
+        self._retry_seconds = min(self._retry_seconds * 2, RETRY_SECONDS_MAX)
+        client = paho.Client(
+            CallbackAPIVersion.VERSION2,
+            self._client_id,
+            clean_session=not self._is_kept,
+            reconnect_on_failure=False,
+            manual_ack=True,
+        )
+        client.connect_timeout = CONNECT_SECONDS
+        client.on_socket_open = _without_delay
+        client.on_connect = self._on_connect
+        client.on_subscribe = self._on_subscribe
+        client.on_unsubscribe = self._on_unsubscribe
+        client.on_message = self._on_message
+        broker = self._broker
+        self.connection += 1
+        self._arrived, self._bytes = [], 0
+        self._confirm_mid, self._has_settled = None, False
+        try:
+            if broker.tls:
+                client.tls_set(broker.ca_file)
+            if broker.username:
+                client.username_pw_set(broker.username, broker.password)
+            client.connect(broker.host, broker.port, KEEPALIVE_SECONDS)
+        except (OSError, ValueError) as error:
+            self._lost(str(error))
+            return
+        self._client = client
+
+    def _is_fine(self, code: MQTTErrorCode) -> bool:
+        if code == MQTTErrorCode.MQTT_ERR_SUCCESS:
+            return True
+        self._lost(self._trouble or paho.error_string(code))
+        return False
+
+    def _lost(self, trouble: str) -> None:
+        broker = self._broker
+        if self.is_up or trouble != self._trouble:
+            log.warning("MQTT in: %s:%s: %s; trying again", broker.host, broker.port, trouble)
+        self._trouble = trouble
+        self._client, self.is_up = None, False
+        # Not PUBACKed, so the broker delivers it again.
+        self._arrived, self._bytes = [], 0
+
+    def _is_readable(self) -> bool:
+        sock = self.socket
+        if sock is None:
+            return False
+        if isinstance(sock, ssl.SSLSocket) and sock.pending():
+            return True
+        return bool(select.select([sock], [], [], 0)[0])
+
+    def _ask_for_confirmation(self) -> None:
+        """Ask the broker for an answer. It works in order: then it has all PUBACKs before."""
+        now = time.monotonic()
+        if self._client is None or not self._has_settled or now < self._confirm_at:
+            return
+        if self._confirm_mid is None and self.is_up:
+            _, self._confirm_mid = self._client.unsubscribe(CONFIRM_TOPIC)
+            self._confirm_at = now + CONFIRM_SECONDS
+            self._has_settled = False
+
+    # --- paho's callbacks, which only note ----------------------------------------------------
+
+    def _on_connect(
+        self, client: paho.Client, _user: Any, flags: Any, code: Any, _props: Any
+    ) -> None:
+        if code.is_failure:
+            self._trouble = f"the broker refuses us: {code}"
+            return
+        self.is_fresh = not flags.session_present
+        client.subscribe([(each, 1 if self._is_kept else 0) for each in self._filters])
+
+    def _on_subscribe(
+        self, client: paho.Client, _user: Any, _mid: int, codes: list[Any], _props: Any
+    ) -> None:
+        refused = [f for f, code in zip(self._filters, codes, strict=False) if code.is_failure]
+        if refused:
+            log.error("MQTT in: the broker does not let us read %s", ", ".join(refused))
+        self.is_up = True
+        self._trouble = ""
+        self._retry_seconds = RETRY_SECONDS_MIN
+        log.info("MQTT in: %s:%s: subscribed", self._broker.host, self._broker.port)
+
+    def _on_unsubscribe(
+        self, _client: paho.Client, _user: Any, mid: int, _codes: Any, _props: Any
+    ) -> None:
+        if mid == self._confirm_mid:
+            self._confirm_mid = None
+            self.confirmations += 1
+
+    def _on_message(self, _client: paho.Client, _user: Any, message: paho.MQTTMessage) -> None:
+        try:
+            topic = message.topic
+        except UnicodeDecodeError:  # which MQTT forbids, and some brokers let through
+            topic = "\N{REPLACEMENT CHARACTER}"
+        self._bytes += len(message.payload)
+        self._arrived.append(
+            Arrived(
+                topic,
+                bytes(message.payload),
+                message.mid,
+                message.qos,
+                message.dup,
+                message.retain,
+                self.connection,
+            )
+        )
+
+
+def _without_delay(_client: Any, _user: Any, sock: Any) -> None:
+    # Else a PUBACK behind another packet waits up to 40 ms for the broker's TCP ACK.
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
