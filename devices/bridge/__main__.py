@@ -14,6 +14,7 @@ import secrets
 import select
 import signal
 import sys
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NoReturn
@@ -85,8 +86,9 @@ def try_file(path: str, configuration: Configuration) -> int:
                 recorded = list(messages(file, path))
     except (OSError, UnicodeDecodeError) as error:
         raise RecordError(f"{path}: cannot be read: {error}") from None
-    for line in tried(recorded, configuration.sources):
-        print(line)
+    with suppress(BrokenPipeError):  # `| head`
+        for line in tried(recorded, configuration.sources):
+            print(line, flush=True)
     return 0
 
 

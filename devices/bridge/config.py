@@ -7,7 +7,6 @@ Invariant: what comes out can be run. No input of it is one of the stack's own t
 broker, so the bridge never reads what it has written.
 """
 
-import os
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -287,8 +286,3 @@ def _names(given: dict[str, Any], place: str) -> dict[str, str]:
     if not all(isinstance(each, str) and each for each in given.values()):
         raise ConfigError(f'{place}: expected texts, as {{ "ENERGY.Power" = "power" }}')
     return given
-
-
-def environment() -> Mapping[str, str]:
-    """Return the variables that this process was given."""
-    return os.environ

@@ -37,6 +37,8 @@ class Rule:
     json_only: bool = False
     # A payload that is no object: the last level of {device...} is its type.
     text_has_type: bool = False
+    # A text `time:value:value`, as collectd has it.
+    timed_text: bool = False
     # Regular expressions of placeholders.
     where: dict[str, str] = field(default_factory=dict)
 
@@ -585,6 +587,13 @@ ECOWITT2MQTT = Preset(
     secret="[0-9A-Fa-f]{32}",
 )
 
+COLLECTD = Preset(
+    "collectd",
+    (Rule("{prefix}/{device}/{event_type...}", timed_text=True),),
+    time=("time",),
+    leave=("*.time",),
+)
+
 PLAIN = Preset(
     "home",
     (
@@ -610,6 +619,7 @@ PRESETS = {
     "ems-esp": EMS_ESP,
     "wled": WLED,
     "ecowitt2mqtt": ECOWITT2MQTT,
+    "collectd": COLLECTD,
     "plain": PLAIN,
 }
 

@@ -57,15 +57,15 @@ class Source:
         self._rules: list[tuple[Rule, Template]] = []
         for rule in rules:
             topic = rule.topic
-            if prefix and settings.topic is None and not topic.startswith("{prefix}"):
-                # Topics that begin with the device: the prefix is what stands before it.
-                topic = f"{prefix}/{topic}" if topic.startswith("{device") else topic
+            if prefix and not self.preset.prefix and settings.topic is None:
+                topic = f"{prefix}/{topic}"  # topics that begin with the device
             template = compile_template(topic.replace("{prefix}", prefix), rule.where)
             self._rules.append((rule, template))
         self.prefix = prefix
         self.time = settings.time or self.preset.time
         self._takes = _any_of(settings.take)
-        self._leaves = _any_of((*self.preset.leave, *settings.leave, *settings.time))
+        times = [pattern for path in settings.time for pattern in (path, f"*.{path}")]
+        self._leaves = _any_of((*self.preset.leave, *settings.leave, *times))
         self._told_units = _compiled(settings.units.items())
         self._units = _compiled(self.preset.units)
         self.unit_keys = [(key, _any_of(patterns)) for key, patterns in self.preset.unit_keys]

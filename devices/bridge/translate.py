@@ -431,6 +431,11 @@ def _documents(payload: bytes, rule: Rule) -> list[Any] | None:
         return [None]
     if len(text) > TEXT_CHARS_MAX:
         raise _DeadEnd(TOO_LONG)
+    if rule.timed_text and ":" in text:
+        time, *values = text.split(":")
+        # One value has the topic's name alone, since an empty key falls out.
+        numbered = enumerate(values) if len(values) > 1 else [("", values[0])]
+        return [{"time": time, **{str(number): value for number, value in numbered}}]
     return [text]
 
 
