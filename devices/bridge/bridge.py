@@ -120,7 +120,6 @@ class Bridge:
             self._seen_connections[number] = session.connection
             if session.is_fresh:
                 self._received.session_lost(number)
-        self._received.confirmed(number, session.confirmations)
 
     # --- messages in ------------------------------------------------------------------------
 
@@ -137,17 +136,15 @@ class Bridge:
                 self._counts["delivered again"] += 1
                 continue
             events += self._events(message, now)
-        taken = [(number, message) for message in arrived]
-        self._received.note(number, arrived, session.confirmations)
+        rows = self._received.note(number, arrived)
         names = self._translator.names.new
 
         def also(connection: sqlite3.Connection) -> None:
-            self._received.write(connection, taken, names)
+            self._received.write(connection, rows, names)
 
-        for result in self._keep(session, events, also):
+        for result in self._keep(events, also):
             if isinstance(result, EventRefused):
                 self._complaints.add("an event was refused by the outbox", str(result))
-        self._received.written()
         names.clear()
         self._counts["events"] += len(events)
         session.settle(arrived)
@@ -161,7 +158,7 @@ class Bridge:
                 return index == number
         return number == 0
 
-    def _keep(self, session: Session, events: list[Event], also: Any) -> list[Any]:
+    def _keep(self, events: list[Event], also: Any) -> list[Any]:
         """Commit; while the disk is full, wait and try again, with nothing PUBACKed."""
         while True:
             try:

@@ -28,10 +28,6 @@ RETRY_SECONDS_MAX = 30.0
 # Read in one turn, so that the other sessions have theirs.
 BATCH_MESSAGES_MAX = 500
 BATCH_BYTES_MAX = 4_194_304
-# After PUBACKs so long, the broker is asked for an answer, which tells that it has them.
-CONFIRM_SECONDS = 5.0
-# Nobody subscribes to it: unsubscribing from it changes nothing, and is answered in its turn.
-CONFIRM_TOPIC = "homelab-bridge/no-topic"
 
 log = logging.getLogger(__name__)
 
@@ -64,13 +60,9 @@ class Session:
         self._connect_at = 0.0
         self._retry_seconds = RETRY_SECONDS_MIN
         self._trouble = ""
-        self._confirm_at = 0.0
-        self._confirm_mid: int | None = None
-        self._has_settled = False
         self.connection = 0
         self.is_up = False  # the broker has granted the subscriptions
         self.is_fresh = False  # the broker knew no session: nothing is delivered again
-        self.confirmations = 0  # how often the broker has told that it has all PUBACKs before
 
     @property
     def socket(self) -> Any:
@@ -105,8 +97,7 @@ class Session:
             return
         if self._client.want_write() and not self._is_fine(self._client.loop_write()):
             return
-        if self._is_fine(self._client.loop_misc()):
-            self._ask_for_confirmation()
+        self._is_fine(self._client.loop_misc())
 
     def settle(self, arrived: Sequence[Arrived]) -> None:
         """PUBACK these messages, unless the connection that brought them is gone."""
@@ -115,7 +106,6 @@ class Session:
                 return
             if message.qos:  # to PUBACK a message of QoS 0 makes the broker disconnect us
                 self._client.ack(message.mid, message.qos)
-                self._has_settled = True
 
     def publish(self, topic: str, payload: bytes) -> None:
         """Publish with QoS 0, if there is a connection."""
@@ -149,12 +139,10 @@ class Session:
         client.on_socket_open = _without_delay
         client.on_connect = self._on_connect
         client.on_subscribe = self._on_subscribe
-        client.on_unsubscribe = self._on_unsubscribe
         client.on_message = self._on_message
         broker = self._broker
         self.connection += 1
         self._arrived, self._bytes = [], 0
-        self._confirm_mid, self._has_settled = None, False
         try:
             if broker.tls:
                 client.tls_set(broker.ca_file)
@@ -189,16 +177,6 @@ class Session:
             return True
         return bool(select.select([sock], [], [], 0)[0])
 
-    def _ask_for_confirmation(self) -> None:
-        """Ask the broker for an answer. It works in order: then it has all PUBACKs before."""
-        now = time.monotonic()
-        if self._client is None or not self._has_settled or now < self._confirm_at:
-            return
-        if self._confirm_mid is None and self.is_up:
-            _, self._confirm_mid = self._client.unsubscribe(CONFIRM_TOPIC)
-            self._confirm_at = now + CONFIRM_SECONDS
-            self._has_settled = False
-
     # --- paho's callbacks, which only note ----------------------------------------------------
 
     def _on_connect(
@@ -220,13 +198,6 @@ class Session:
         self._trouble = ""
         self._retry_seconds = RETRY_SECONDS_MIN
         log.info("MQTT in: %s:%s: subscribed", self._broker.host, self._broker.port)
-
-    def _on_unsubscribe(
-        self, _client: paho.Client, _user: Any, mid: int, _codes: Any, _props: Any
-    ) -> None:
-        if mid == self._confirm_mid:
-            self._confirm_mid = None
-            self.confirmations += 1
 
     def _on_message(self, _client: paho.Client, _user: Any, message: paho.MQTTMessage) -> None:
         try:
