@@ -218,9 +218,9 @@ def test_victron_is_asked_to_publish(running: Pipeline, bridges: ExitStack) -> N
     text = '[[source]]\npreset = "victron"\nportal = "0200c0ffee05"\n'
     heard: list[str] = []
     listener = paho.Client(CallbackAPIVersion.VERSION2)
-    listener.on_connect = lambda *_: listener.subscribe("R/#")
     listener.on_message = lambda _client, _user, message: heard.append(message.topic)
     listener.connect("127.0.0.1", running.mosquitto.port)
+    listener.subscribe("R/#")
     listener.loop_start()
     bridges.callback(listener.loop_stop)
     start(bridges, running, text)
@@ -230,8 +230,8 @@ def test_victron_is_asked_to_publish(running: Pipeline, bridges: ExitStack) -> N
 # --- faults ---------------------------------------------------------------------------------
 
 
-def check(pipeline: Pipeline, taps: list[Tap], firmware: Firmware) -> tuple[int, int]:
-    """Check that what was PUBACKed is one row each; return how many were, and how many sent."""
+def check(pipeline: Pipeline, taps: list[Tap]) -> int:
+    """Check that what was PUBACKed is one row each; return how many were."""
     pubacked = numbers_pubacked(taps)
     wanted = set(pubacked)
 
@@ -243,7 +243,7 @@ def check(pipeline: Pipeline, taps: list[Tap], firmware: Firmware) -> tuple[int,
     double = [number for number, count in stored().items() if count > 1]
     assert not double, f"{len(double)} of {len(wanted)} are two rows: {double[:10]}"
     assert len(wanted) > 100
-    return len(wanted), firmware.sent
+    return len(wanted)
 
 
 FAULTS = ("bridge", "bridge politely", "ingester", "database", "our broker", "their broker", "line")
@@ -260,7 +260,7 @@ def test_what_was_pubacked_is_stored_once_through(
     bridge = start(bridges, running, ZIGBEE, tap.port)
     firmware = Firmware(theirs.port, per_second=300, timed=timed)
     bridges.callback(firmware.close)
-    for _ in range(8):
+    for _ in range(6):
         time.sleep(randomness.uniform(0.3, 1.2))
         if fault == "bridge":
             bridge.kill()
@@ -288,5 +288,8 @@ def test_what_was_pubacked_is_stored_once_through(
         else:
             tap.cut()
     firmware.stop()
-    wait_until(lambda: len(set(numbers_pubacked([tap]))) >= 0.9 * firmware.sent, "the rest", 60)
-    check(running, [tap], firmware)
+    # What their broker loses when it is killed, it has never handed out.
+    last = firmware.sent
+    wait_until(lambda: last in numbers_pubacked([tap]), "the last one to be PUBACKed", 60)
+    pubacked = check(running, [tap])
+    assert fault == "their broker" or pubacked == firmware.sent
