@@ -1,20 +1,17 @@
 """A database that may be damaged: what is wrong with it, and what can still be read of it.
 
 What it does: looks at every page and every event before the file is used, and reads around
-what is broken. What it does not: repair or change anything; what was set aside stays as it is.
+what is broken. What it does not: repair anything, or throw away any file.
 
 Invariant: an event that is read has the very bytes that were kept: each has a checksum.
 """
 
 import json
 import sqlite3
-import struct
 from pathlib import Path
 from typing import Any, NamedTuple
 from zlib import crc32
 
-WAL_HEADER_BYTES = 32
-FRAME_HEADER_BYTES = 24
 GAP_MAX = 1_000_000  # numbers that are tried one by one
 DAMAGED = {
     sqlite3.SQLITE_CORRUPT,
@@ -23,10 +20,13 @@ DAMAGED = {
 }
 
 
-class Salvage(NamedTuple):
-    """What could be read: (payload, event id, device id) of each event, and lost runs."""
+Event = tuple[str, str, bytes]  # event id, device id, payload
 
-    events: list[tuple[bytes, str, str]]
+
+class Salvage(NamedTuple):
+    """What could be read: each event, and the runs of lost ones."""
+
+    events: list[Event]
     lost: list[tuple[str, str, int, int, int]]
     unreadable: int  # events that are known to be there
 
@@ -35,17 +35,21 @@ def wal_of(path: Path) -> Path:
     return path.with_name(path.name + "-wal")
 
 
-def is_emptied(path: Path) -> bool:
-    """Tell whether the database is gone or empty and its WAL is not.
+def is_gone(path: Path, last: int) -> bool:
+    """Tell whether the database is not there, or empty, although there was one.
 
-    SQLite would take it for a new one, and delete the WAL.
+    SQLite would take it for a new one, and delete its WAL.
     """
     sizes = [it.stat().st_size if it.exists() else 0 for it in (path, wal_of(path))]
-    return sizes[0] == 0 and sizes[1] > 0
+    return sizes[0] == 0 and (sizes[1] > 0 or last > 0)
 
 
-def problem_of(connection: sqlite3.Connection, path: Path, application_id: int) -> str | None:
-    """Return why this database cannot be used, None if it is whole, or new."""
+def problem_of(connection: sqlite3.Connection, application_id: int, last: int) -> str | None:
+    """Return why this database cannot be used, None if it is whole, or new.
+
+    `last` is the number of an event that was kept in it: SQLite takes a broken WAL for over at
+    the first frame that is broken, as a power cut leaves it, and says nothing.
+    """
     try:
         (found,) = connection.execute("PRAGMA application_id").fetchone()
         if not connection.execute("SELECT 1 FROM sqlite_schema").fetchone():
@@ -62,57 +66,18 @@ def problem_of(connection: sqlite3.Connection, path: Path, application_id: int) 
         (count,) = connection.execute(sql).fetchone()
         if count:
             return f"{count} events with a wrong checksum"
-        return "its WAL" if is_wal_damaged(connection, wal_of(path)) else None
+        (newest,) = connection.execute("SELECT max(seq) FROM sqlite_sequence").fetchone()
+        missing = last - (newest or 0)
+        return f"the last {missing} events are missing" if missing > 0 else None
     except sqlite3.Error as error:
         if getattr(error, "sqlite_errorcode", -1) & 0xFF in DAMAGED:
             return str(error)
         raise
 
 
-def is_wal_damaged(connection: sqlite3.Connection, path: Path) -> bool:
-    """Tell whether transactions were cut off that had been followed by others.
-
-    At the first frame that is broken SQLite takes the WAL for over, since that is how a power
-    cut leaves the last transaction. If there is one behind it, it was not the last.
-    """
-    if not path.exists():
-        return False
-    _, valid, _ = connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
-    with path.open("rb") as file:
-        header = file.read(WAL_HEADER_BYTES)
-        if len(header) < WAL_HEADER_BYTES:
-            return False
-        if not is_wal_header(header):
-            return bool(file.read(1))  # frames follow only once the header is on the disk
-        page_bytes = int.from_bytes(header[8:12], "big")
-        is_commit_behind = False
-        for number in range(max(valid, 0), path.stat().st_size // page_bytes):
-            file.seek(WAL_HEADER_BYTES + number * (FRAME_HEADER_BYTES + page_bytes))
-            frame = file.read(FRAME_HEADER_BYTES)
-            if len(frame) < FRAME_HEADER_BYTES or frame[8:16] != header[16:24]:
-                continue  # from before the WAL was begun again
-            if is_commit_behind:
-                return True
-            is_commit_behind = frame[4:8] != bytes(4)
-    return False
-
-
-def is_wal_header(header: bytes) -> bool:
-    """Tell whether it has its own checksum, and a page size."""
-    magic, _, page_bytes = struct.unpack(">III", header[:12])
-    order = ">" if magic & 1 else "<"
-    first = second = 0
-    words = struct.unpack(order + "6I", header[:24])
-    for one, other in zip(words[::2], words[1::2], strict=True):
-        first = (first + one + second) & 0xFFFFFFFF
-        second = (second + other + first) & 0xFFFFFFFF
-    is_page_size = 512 <= page_bytes <= 65_536 and page_bytes & (page_bytes - 1) == 0
-    return is_page_size and struct.pack(">II", first, second) == header[24:32]
-
-
 def salvage(path: Path) -> Salvage:
     """Read what can be read."""
-    if is_emptied(path) or not path.is_file():
+    if is_gone(path, 1):
         return Salvage([], [], 0)
     connection = sqlite3.connect(path, isolation_level=None)
     try:
@@ -128,8 +93,8 @@ def salvage(path: Path) -> Salvage:
         connection.close()
 
 
-def read_events(connection: sqlite3.Connection) -> tuple[list[tuple[bytes, str, str]], int]:
-    found: dict[int, tuple[bytes, str, str] | None] = {}
+def read_events(connection: sqlite3.Connection) -> tuple[list[Event], int]:
+    found: dict[int, Event | None] = {}
     columns = "SELECT number, payload, checksum FROM events"
     ends = []
     for order in ("ASC", "DESC"):
@@ -157,11 +122,11 @@ def read_events(connection: sqlite3.Connection) -> tuple[list[tuple[bytes, str, 
     return events, len(found) - len(events)
 
 
-def whole_event(payload: Any, checksum: Any) -> tuple[bytes, str, str] | None:
+def whole_event(payload: Any, checksum: Any) -> Event | None:
     if not isinstance(payload, bytes) or crc32(payload) != checksum:
         return None
     event = json.loads(payload)  # the columns beside it have no checksum
-    return payload, event["event_id"], event["device_id"]
+    return event["event_id"], event["device_id"], payload
 
 
 def read_lost(connection: sqlite3.Connection) -> list[tuple[str, str, int, int, int]]:
