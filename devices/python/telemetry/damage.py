@@ -7,12 +7,15 @@ Invariant: an event that is read has the very bytes that were kept: each has a c
 """
 
 import json
+import re
 import sqlite3
+from collections.abc import Iterator
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any, NamedTuple
 from zlib import crc32
 
-GAP_MAX = 1_000_000  # numbers that are tried one by one
+PIECE_BYTES_MAX = 4_096  # a page; what is longer lies in several
 DAMAGED = {
     sqlite3.SQLITE_CORRUPT,
     sqlite3.SQLITE_NOTADB,
@@ -21,14 +24,14 @@ DAMAGED = {
 
 
 Event = tuple[str, str, bytes]  # event id, device id, payload
+LostRun = tuple[str, str, int, int, int]  # device id, salt, boot, first, last
 
 
 class Salvage(NamedTuple):
     """What could be read: each event, and the runs of lost ones."""
 
     events: list[Event]
-    lost: list[tuple[str, str, int, int, int]]
-    unreadable: int  # events that are known to be there
+    lost: list[LostRun]
 
 
 def wal_of(path: Path) -> Path:
@@ -53,7 +56,8 @@ def problem_of(connection: sqlite3.Connection, application_id: int, last: int) -
     try:
         (found,) = connection.execute("PRAGMA application_id").fetchone()
         if not connection.execute("SELECT 1 FROM sqlite_schema").fetchone():
-            return None  # a power cut before its first transaction
+            # A power cut before its first transaction, if nothing was kept in it.
+            return f"the last {last} events are missing" if last else None
         if found != application_id:
             return "not an outbox"
         (result,) = connection.execute("PRAGMA integrity_check(1)").fetchone()
@@ -76,50 +80,62 @@ def problem_of(connection: sqlite3.Connection, application_id: int, last: int) -
 
 
 def salvage(path: Path) -> Salvage:
-    """Read what can be read."""
-    if is_gone(path, 1):
-        return Salvage([], [], 0)
-    connection = sqlite3.connect(path, isolation_level=None)
-    try:
-        connection.execute("PRAGMA locking_mode = EXCLUSIVE")
-        events, unreadable = read_events(connection)
-        return Salvage(events, read_lost(connection), unreadable)
-    except sqlite3.DatabaseError:
-        return Salvage([], [], 0)
-    finally:
-        # So that closing does not tidy away what others may still make sense of.
-        if wal_of(path).exists():
-            wal_of(path).rename(path.with_name(path.name + "-wal.kept"))
-        connection.close()
+    """Read what can be read: by SQL, and behind what is broken by the look of its bytes.
 
-
-def read_events(connection: sqlite3.Connection) -> tuple[list[Event], int]:
-    found: dict[int, Event | None] = {}
-    columns = "SELECT number, payload, checksum FROM events"
-    ends = []
-    for order in ("ASC", "DESC"):
-        numbers = [0]
+    Among the latter may be events that were answered already; they are found to be duplicates.
+    """
+    found: dict[str, Event] = {}
+    lost: list[LostRun] = []
+    files = [it for it in (path, wal_of(path)) if it.is_file() and it.stat().st_size]
+    if path in files:
+        connection = sqlite3.connect(path, isolation_level=None)
         try:
-            for number, payload, checksum in connection.execute(
-                f"{columns} ORDER BY number {order}"
-            ):
-                numbers.append(number)
+            connection.execute("PRAGMA locking_mode = EXCLUSIVE")
+            found = {event[0]: event for event in read_events(connection)}
+            lost = read_lost(connection)
+        except sqlite3.DatabaseError:
+            pass  # of the wrong format as a whole
+        finally:
+            # Closing tidies the WAL away, by its name; it may have more in it than SQLite reads.
+            kept = path.with_name(path.name + "-wal.kept")
+            files = [it if it == path else it.rename(kept) for it in files]
+            connection.close()
+    for file in files:
+        found = {event[0]: event for event in carve(file)} | found
+    return Salvage(list(found.values()), lost)
+
+
+def read_events(connection: sqlite3.Connection) -> list[Event]:
+    """Return the events from either end up to what is broken, the oldest first."""
+    found: dict[int, Event | None] = {}
+    for order in ("ASC", "DESC"):
+        sql = f"SELECT number, payload, checksum FROM events ORDER BY number {order}"
+        try:
+            for number, payload, checksum in connection.execute(sql):
                 found[number] = whole_event(payload, checksum)
         except sqlite3.DatabaseError:
-            ends.append(numbers[-1])
             continue
         break  # read from one end to the other
-    if len(ends) == 2:
-        for number in range(ends[0] + 1, min(ends[1], ends[0] + GAP_MAX)):
+    return [event for _, event in sorted(found.items()) if event is not None]
+
+
+def carve(path: Path) -> Iterator[Event]:
+    """Yield the events that stand in one piece anywhere in a file: payload and checksum."""
+    with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as content:
+        for start in re.finditer(rb'\{"schema":1,"event_id":"', content):
+            piece = content[start.start() : start.start() + PIECE_BYTES_MAX]
             try:
-                for _, payload, checksum in connection.execute(
-                    f"{columns} WHERE number = {number}"
-                ):
-                    found[number] = whole_event(payload, checksum)
-            except sqlite3.DatabaseError:
-                found[number] = None
-    events = [event for _, event in sorted(found.items()) if event is not None]
-    return events, len(found) - len(events)
+                _, end = json.JSONDecoder().raw_decode(piece.decode(errors="replace"))
+            except (ValueError, RecursionError):
+                continue
+            payload = piece.decode(errors="replace")[:end].encode()
+            checksum = crc32(payload)
+            # As SQLite writes an integer: in the fewest of these bytes, with a sign.
+            size = next(size for size in (1, 2, 3, 4, 6) if checksum < 1 << (8 * size - 1))
+            if piece[len(payload) :][:size] == checksum.to_bytes(size, "big"):
+                event = whole_event(payload, checksum)
+                if event is not None:
+                    yield event
 
 
 def whole_event(payload: Any, checksum: Any) -> Event | None:
@@ -129,7 +145,7 @@ def whole_event(payload: Any, checksum: Any) -> Event | None:
     return event["event_id"], event["device_id"], payload
 
 
-def read_lost(connection: sqlite3.Connection) -> list[tuple[str, str, int, int, int]]:
+def read_lost(connection: sqlite3.Connection) -> list[LostRun]:
     try:
         rows = connection.execute("SELECT device_id, salt, boot, first, last FROM lost").fetchall()
     except sqlite3.DatabaseError:

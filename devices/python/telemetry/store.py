@@ -184,10 +184,7 @@ class Store:
                 self.add_run(Run(*run))
         damaged = aside.rename(self.folder / f"damaged-{number_of(aside)}")
         sync(self.folder)
-        log.warning(
-            "%s: %d events were read of it and will be sent; %d more could not be read",
-            *(damaged, len(found.events), found.unreadable),
-        )
+        log.warning("%s: %d events were read of it and are sent", damaged, len(found.events))
         for old in self._numbered("damaged")[:-DAMAGED_MAX]:
             shutil.rmtree(old) if old.is_dir() else old.unlink()
 
