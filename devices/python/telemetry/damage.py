@@ -101,7 +101,8 @@ def salvage(path: Path) -> Salvage:
             files = [it if it == path else it.rename(kept) for it in files]
             connection.close()
     for file in files:
-        found = {event[0]: event for event in carve(file)} | found
+        for event in carve(file):
+            found.setdefault(event[0], event)
     return Salvage(list(found.values()), lost)
 
 
