@@ -225,8 +225,11 @@ class Store:
     def find(self, device_id: str, event_id: str) -> bytes | None:
         """Return the event's bytes if it is waiting."""
         sql = "SELECT payload FROM events WHERE event_id = ? AND device_id = ?"
-        row = next(self._query(sql, event_id, device_id), None)
-        return bytes(row[0]) if row else None
+        try:
+            row = self._opened().execute(sql, (event_id, device_id)).fetchone()
+        except sqlite3.Error as error:
+            raise self._error(error) from None
+        return row[0] if row else None
 
     def runs(self) -> list[Run]:
         """Return what was lost and not told yet."""
