@@ -1,21 +1,21 @@
 """A database that may be damaged: what is wrong with it, and what can still be read of it.
 
 What it does: looks at every page and every event before the file is used, and reads around
-what is broken. What it does not: repair or change anything; what was set aside stays as it is.
+what is broken. What it does not: repair anything, or throw away any file.
 
 Invariant: an event that is read has the very bytes that were kept: each has a checksum.
 """
 
 import json
+import re
 import sqlite3
-import struct
+from collections.abc import Iterator
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any, NamedTuple
 from zlib import crc32
 
-WAL_HEADER_BYTES = 32
-FRAME_HEADER_BYTES = 24
-GAP_MAX = 1_000_000  # numbers that are tried one by one
+PIECE_BYTES_MAX = 4_096  # a page; what is longer lies in several
 DAMAGED = {
     sqlite3.SQLITE_CORRUPT,
     sqlite3.SQLITE_NOTADB,
@@ -23,33 +23,41 @@ DAMAGED = {
 }
 
 
-class Salvage(NamedTuple):
-    """What could be read: (payload, event id, device id) of each event, and lost runs."""
+Event = tuple[str, str, bytes]  # event id, device id, payload
+LostRun = tuple[str, str, int, int, int]  # device id, salt, boot, first, last
 
-    events: list[tuple[bytes, str, str]]
-    lost: list[tuple[str, str, int, int, int]]
-    unreadable: int  # events that are known to be there
+
+class Salvage(NamedTuple):
+    """What could be read: each event, and the runs of lost ones."""
+
+    events: list[Event]
+    lost: list[LostRun]
 
 
 def wal_of(path: Path) -> Path:
     return path.with_name(path.name + "-wal")
 
 
-def is_emptied(path: Path) -> bool:
-    """Tell whether the database is gone or empty and its WAL is not.
+def is_gone(path: Path, last: int) -> bool:
+    """Tell whether the database is not there, or empty, although there was one.
 
-    SQLite would take it for a new one, and delete the WAL.
+    SQLite would take it for a new one, and delete its WAL.
     """
     sizes = [it.stat().st_size if it.exists() else 0 for it in (path, wal_of(path))]
-    return sizes[0] == 0 and sizes[1] > 0
+    return sizes[0] == 0 and (sizes[1] > 0 or last > 0)
 
 
-def problem_of(connection: sqlite3.Connection, path: Path, application_id: int) -> str | None:
-    """Return why this database cannot be used, None if it is whole, or new."""
+def problem_of(connection: sqlite3.Connection, application_id: int, last: int) -> str | None:
+    """Return why this database cannot be used, None if it is whole, or new.
+
+    `last` is the number of an event that was kept in it: SQLite takes a broken WAL for over at
+    the first frame that is broken, as a power cut leaves it, and says nothing.
+    """
     try:
         (found,) = connection.execute("PRAGMA application_id").fetchone()
         if not connection.execute("SELECT 1 FROM sqlite_schema").fetchone():
-            return None  # a power cut before its first transaction
+            # A power cut before its first transaction, if nothing was kept in it.
+            return f"the last {last} events are missing" if last else None
         if found != application_id:
             return "not an outbox"
         (result,) = connection.execute("PRAGMA integrity_check(1)").fetchone()
@@ -62,109 +70,83 @@ def problem_of(connection: sqlite3.Connection, path: Path, application_id: int) 
         (count,) = connection.execute(sql).fetchone()
         if count:
             return f"{count} events with a wrong checksum"
-        return "its WAL" if is_wal_damaged(connection, wal_of(path)) else None
+        (newest,) = connection.execute("SELECT max(seq) FROM sqlite_sequence").fetchone()
+        missing = last - (newest or 0)
+        return f"the last {missing} events are missing" if missing > 0 else None
     except sqlite3.Error as error:
         if getattr(error, "sqlite_errorcode", -1) & 0xFF in DAMAGED:
             return str(error)
         raise
 
 
-def is_wal_damaged(connection: sqlite3.Connection, path: Path) -> bool:
-    """Tell whether transactions were cut off that had been followed by others.
-
-    At the first frame that is broken SQLite takes the WAL for over, since that is how a power
-    cut leaves the last transaction. If there is one behind it, it was not the last.
-    """
-    if not path.exists():
-        return False
-    _, valid, _ = connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
-    with path.open("rb") as file:
-        header = file.read(WAL_HEADER_BYTES)
-        if len(header) < WAL_HEADER_BYTES:
-            return False
-        if not is_wal_header(header):
-            return bool(file.read(1))  # frames follow only once the header is on the disk
-        page_bytes = int.from_bytes(header[8:12], "big")
-        is_commit_behind = False
-        for number in range(max(valid, 0), path.stat().st_size // page_bytes):
-            file.seek(WAL_HEADER_BYTES + number * (FRAME_HEADER_BYTES + page_bytes))
-            frame = file.read(FRAME_HEADER_BYTES)
-            if len(frame) < FRAME_HEADER_BYTES or frame[8:16] != header[16:24]:
-                continue  # from before the WAL was begun again
-            if is_commit_behind:
-                return True
-            is_commit_behind = frame[4:8] != bytes(4)
-    return False
-
-
-def is_wal_header(header: bytes) -> bool:
-    """Tell whether it has its own checksum, and a page size."""
-    magic, _, page_bytes = struct.unpack(">III", header[:12])
-    order = ">" if magic & 1 else "<"
-    first = second = 0
-    words = struct.unpack(order + "6I", header[:24])
-    for one, other in zip(words[::2], words[1::2], strict=True):
-        first = (first + one + second) & 0xFFFFFFFF
-        second = (second + other + first) & 0xFFFFFFFF
-    is_page_size = 512 <= page_bytes <= 65_536 and page_bytes & (page_bytes - 1) == 0
-    return is_page_size and struct.pack(">II", first, second) == header[24:32]
-
-
 def salvage(path: Path) -> Salvage:
-    """Read what can be read."""
-    if is_emptied(path) or not path.is_file():
-        return Salvage([], [], 0)
-    connection = sqlite3.connect(path, isolation_level=None)
-    try:
-        connection.execute("PRAGMA locking_mode = EXCLUSIVE")
-        events, unreadable = read_events(connection)
-        return Salvage(events, read_lost(connection), unreadable)
-    except sqlite3.DatabaseError:
-        return Salvage([], [], 0)
-    finally:
-        # So that closing does not tidy away what others may still make sense of.
-        if wal_of(path).exists():
-            wal_of(path).rename(path.with_name(path.name + "-wal.kept"))
-        connection.close()
+    """Read what can be read: by SQL, and behind what is broken by the look of its bytes.
 
-
-def read_events(connection: sqlite3.Connection) -> tuple[list[tuple[bytes, str, str]], int]:
-    found: dict[int, tuple[bytes, str, str] | None] = {}
-    columns = "SELECT number, payload, checksum FROM events"
-    ends = []
-    for order in ("ASC", "DESC"):
-        numbers = [0]
+    Among the latter may be events that were answered already; they are found to be duplicates.
+    """
+    found: dict[str, Event] = {}
+    lost: list[LostRun] = []
+    files = [it for it in (path, wal_of(path)) if it.is_file() and it.stat().st_size]
+    if path in files:
+        connection = sqlite3.connect(path, isolation_level=None)
         try:
-            for number, payload, checksum in connection.execute(
-                f"{columns} ORDER BY number {order}"
-            ):
-                numbers.append(number)
+            connection.execute("PRAGMA locking_mode = EXCLUSIVE")
+            found = {event[0]: event for event in read_events(connection)}
+            lost = read_lost(connection)
+        except sqlite3.DatabaseError:
+            pass  # of the wrong format as a whole
+        finally:
+            # Closing tidies the WAL away, by its name; it may have more in it than SQLite reads.
+            kept = path.with_name(path.name + "-wal.kept")
+            files = [it if it == path else it.rename(kept) for it in files]
+            connection.close()
+    for file in files:
+        for event in carve(file):
+            found.setdefault(event[0], event)
+    return Salvage(list(found.values()), lost)
+
+
+def read_events(connection: sqlite3.Connection) -> list[Event]:
+    """Return the events from either end up to what is broken, the oldest first."""
+    found: dict[int, Event | None] = {}
+    for order in ("ASC", "DESC"):
+        sql = f"SELECT number, payload, checksum FROM events ORDER BY number {order}"
+        try:
+            for number, payload, checksum in connection.execute(sql):
                 found[number] = whole_event(payload, checksum)
         except sqlite3.DatabaseError:
-            ends.append(numbers[-1])
             continue
         break  # read from one end to the other
-    if len(ends) == 2:
-        for number in range(ends[0] + 1, min(ends[1], ends[0] + GAP_MAX)):
+    return [event for _, event in sorted(found.items()) if event is not None]
+
+
+def carve(path: Path) -> Iterator[Event]:
+    """Yield the events that stand in one piece anywhere in a file: payload and checksum."""
+    with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as content:
+        for start in re.finditer(rb'\{"schema":1,"event_id":"', content):
+            piece = content[start.start() : start.start() + PIECE_BYTES_MAX]
             try:
-                for _, payload, checksum in connection.execute(
-                    f"{columns} WHERE number = {number}"
-                ):
-                    found[number] = whole_event(payload, checksum)
-            except sqlite3.DatabaseError:
-                found[number] = None
-    events = [event for _, event in sorted(found.items()) if event is not None]
-    return events, len(found) - len(events)
+                _, end = json.JSONDecoder().raw_decode(piece.decode(errors="replace"))
+            except (ValueError, RecursionError):
+                continue
+            payload = piece.decode(errors="replace")[:end].encode()
+            checksum = crc32(payload)
+            # As SQLite writes an integer: in the fewest of these bytes, with a sign.
+            size = next(size for size in (1, 2, 3, 4, 6) if checksum < 1 << (8 * size - 1))
+            if piece[len(payload) :][:size] == checksum.to_bytes(size, "big"):
+                event = whole_event(payload, checksum)
+                if event is not None:
+                    yield event
 
 
-def whole_event(payload: Any, checksum: Any) -> tuple[bytes, str, str] | None:
+def whole_event(payload: Any, checksum: Any) -> Event | None:
     if not isinstance(payload, bytes) or crc32(payload) != checksum:
         return None
     event = json.loads(payload)  # the columns beside it have no checksum
-    return payload, event["event_id"], event["device_id"]
+    return event["event_id"], event["device_id"], payload
 
 
-def read_lost(connection: sqlite3.Connection) -> list[tuple[str, str, int, int, int]]:
+def read_lost(connection: sqlite3.Connection) -> list[LostRun]:
     try:
         rows = connection.execute("SELECT device_id, salt, boot, first, last FROM lost").fetchall()
     except sqlite3.DatabaseError:

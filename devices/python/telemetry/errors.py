@@ -6,6 +6,7 @@ handle them.
 Invariant: whatever SQLite or the file system raises becomes exactly one of these.
 """
 
+import errno
 import sqlite3
 
 
@@ -56,3 +57,12 @@ def store_error(error: sqlite3.Error, where: object) -> OutboxError:
     """Return what this error of SQLite is to the caller."""
     code = getattr(error, "sqlite_errorcode", -1) & 0xFF  # without what makes it extended
     return BY_CODE.get(code, StoreFailed)(f"{where}: {error}")
+
+
+def file_error(error: OSError, where: object) -> OutboxError:
+    """Return what this error of the file system is to the caller."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return StoreFull(f"{where}: {error}")
+    if error.errno in (errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+        return StoreFailed(f"{where}: {error}")
+    return StoreReadOnly(f"{where}: {error}")

@@ -28,6 +28,8 @@ PLAUSIBLE = (
     (datetime(2024, 1, 1, tzinfo=UTC), datetime(2036, 2, 6, tzinfo=UTC)),
     (datetime(2036, 2, 9, tzinfo=UTC), datetime(2100, 1, 1, tzinfo=UTC)),
 )
+ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+DEVICE_ID = re.compile("[A-Za-z0-9_.:-]{1,64}")
 CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f]")
 
 
@@ -50,7 +52,7 @@ class Event:
 
 
 def is_device_id(device_id: object) -> bool:
-    return isinstance(device_id, str) and bool(re.fullmatch("[A-Za-z0-9_.:-]{1,64}", device_id))
+    return isinstance(device_id, str) and DEVICE_ID.fullmatch(device_id) is not None
 
 
 def timestamp_text(timestamp: datetime | float) -> str | None:
@@ -67,8 +69,11 @@ def timestamp_text(timestamp: datetime | float) -> str | None:
     return moment.replace(tzinfo=None).isoformat(timespec=timespec) + "Z"
 
 
-def event_bytes(event_id: str, device_id: str, event: Event, now: float) -> bytes:
-    """Return the event in JSON, or raise EventRefused if the ingester would reject it."""
+def event_bytes(event_id: str, device_id: str, event: Event, now: str | None) -> bytes:
+    """Return the event in JSON, or raise EventRefused if the ingester would reject it.
+
+    `now` is the time of an event that has none of its own.
+    """
     _check_text("event_id", event_id, 1, EVENT_ID_CHARS_MAX)
     _check_text("event_type", event.event_type, 1, TYPE_CHARS_MAX)
     fields: dict[str, Any] = {
@@ -87,7 +92,7 @@ def event_bytes(event_id: str, device_id: str, event: Event, now: float) -> byte
         _check_text("unit", event.unit, 0, UNIT_CHARS_MAX)
         fields["unit"] = event.unit
     try:
-        timestamp = timestamp_text(now if event.timestamp is None else event.timestamp)
+        timestamp = now if event.timestamp is None else timestamp_text(event.timestamp)
     except (TypeError, ValueError, OverflowError):
         raise EventRefused("timestamp: expected a datetime or seconds since 1970") from None
     if timestamp is not None:
@@ -98,7 +103,7 @@ def event_bytes(event_id: str, device_id: str, event: Event, now: float) -> byte
         _check_storable("meta", event.meta, 0)
         fields["meta"] = event.meta
     try:
-        return json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode()
+        return ENCODER.encode(fields).encode()
     except UnicodeEncodeError:
         raise EventRefused("a text has half of a surrogate pair") from None
 

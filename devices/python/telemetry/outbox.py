@@ -19,12 +19,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from json.encoder import encode_basestring_ascii
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from .ack import answers
 from .errors import EventRefused, StoreFull
-from .event import NO_TIME, Event, event_bytes, is_device_id
+from .event import NO_TIME, Event, event_bytes, is_device_id, timestamp_text
 from .store import Kept, Run, Store
 
 ANSWER_BYTES = 200  # of one event in an ACK, beyond the event id and the device id
@@ -175,9 +176,10 @@ class Outbox:
         results: list[str | EventRefused] = []
         kept: list[Kept] = []
         sequences: dict[str, int] = {}
+        now = timestamp_text(self._clock())
         for event in events:
             try:
-                item = self._kept(event, sequences)
+                item = self._kept(event, now, sequences)
             except EventRefused as refused:
                 results.append(refused.with_traceback(None))
                 self._refused += 1
@@ -303,7 +305,7 @@ class Outbox:
 
     # --- events in ----------------------------------------------------------------------
 
-    def _kept(self, event: Event, sequences: dict[str, int]) -> Kept:
+    def _kept(self, event: Event, now: str | None, sequences: dict[str, int]) -> Kept:
         """Return the event with its id; `sequences` are those of this call."""
         device_id = event.device_id or self.device_id or ""
         if self.device_id not in (None, device_id):
@@ -318,7 +320,7 @@ class Outbox:
             event_id = f"{begin}{self._store.boot}-{sequence}"
         elif isinstance(event_id, str) and event_id.startswith(begin):
             raise EventRefused("event_id: begins like those that the outbox makes")
-        payload = event_bytes(event_id, device_id, event, self._clock())
+        payload = event_bytes(event_id, device_id, event, now)
         if len(payload) > self._send_bytes_max:
             raise EventRefused(f"the event has {len(payload)} bytes, more than can be sent")
         if sequence:
@@ -359,7 +361,9 @@ class Outbox:
             if event.event_id in self._unforgotten:
                 continue
             size += len(event.payload) + 1
-            answer_size += len(json.dumps(event.event_id)) - 2 + len(device_id) + ANSWER_BYTES
+            answer_size += (
+                len(encode_basestring_ascii(event.event_id)) - 2 + len(device_id) + ANSWER_BYTES
+            )
             is_full = size > self._send_bytes_max or answer_size > self._receive_bytes_max
             if batch and (is_full or len(batch) == lane.batch):
                 break
@@ -485,7 +489,7 @@ class Outbox:
             meta = {"salt": salt, "boot": boot, "from": first, "to": last} if salt else None
             number = last - first + 1
             event = Event("outbox_dropped", number, None, NO_TIME, meta, device_id)
-            kept.append(self._kept(event, sequences))
+            kept.append(self._kept(event, None, sequences))
         try:
             self._keep(kept, lambda connection: self._store.remove_runs())
         except StoreFull:

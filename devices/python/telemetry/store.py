@@ -10,7 +10,9 @@ written nothing. Every error is one of errors.py.
 import fcntl
 import logging
 import os
+import re
 import secrets
+import shutil
 import sqlite3
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -18,15 +20,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from zlib import crc32
 
-from .damage import Salvage, is_emptied, problem_of, salvage
-from .errors import OutboxError, StoreDamaged, StoreFailed, StoreLocked, StoreReadOnly, store_error
+from .damage import is_gone, problem_of, salvage
+from .errors import OutboxError, StoreDamaged, StoreFailed, StoreLocked, file_error, store_error
+from .last_number import LastNumber
 
 APPLICATION_ID = 0x71730001  # "qs", in the file's header: it is ours
 SCHEMA = """
 CREATE TABLE state (boot INTEGER NOT NULL);
 INSERT INTO state VALUES (0);
 CREATE TABLE events (
-    number INTEGER PRIMARY KEY,
+    number INTEGER PRIMARY KEY AUTOINCREMENT,
     event_id TEXT NOT NULL UNIQUE,
     device_id TEXT NOT NULL,
     payload BLOB NOT NULL,
@@ -43,7 +46,7 @@ CREATE TABLE lost (
 );
 """
 LOCK_SECONDS = 1.0  # how long another program may hold the file, until that is an error
-ASIDE_MAX = 4  # damaged stores that are kept
+DAMAGED_MAX = 4  # that are kept; older ones go
 RUNS_MAX = 1_000  # of lost events, that are remembered until they are told
 
 log = logging.getLogger(__name__)
@@ -77,7 +80,9 @@ class Store:
         # else begin the same boot again.
         self.salt = secrets.token_hex(4)
         self.boot = 0
+        self._newest = 0  # the number of the last event that was added
         self._connection: sqlite3.Connection | None = None
+        self._last: LastNumber | None = None
         self._lock = self._locked()
         try:
             self._open()
@@ -87,16 +92,22 @@ class Store:
 
     def close(self) -> None:
         """Give the store to whoever comes next."""
-        connection, self._connection = self._connection, None
         try:
-            if connection is not None:
-                connection.close()
+            self._close_database()
         except sqlite3.Error as error:  # what was kept is in the file all the same
             raise store_error(error, self.folder) from None
         finally:
             if self._lock is not None:
                 os.close(self._lock)
                 self._lock = None
+
+    def _close_database(self) -> None:
+        connection, self._connection = self._connection, None
+        last, self._last = self._last, None
+        if last is not None:
+            last.close()
+        if connection is not None:
+            connection.close()
 
     # --- start --------------------------------------------------------------------------
 
@@ -106,38 +117,44 @@ class Store:
             self.folder.mkdir(parents=True, exist_ok=True)
             lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except OSError as error:
-            raise StoreReadOnly(f"{self.folder}: {error.strerror}") from None
+            raise file_error(error, self.folder) from None
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             os.close(lock)
             if isinstance(error, BlockingIOError):
                 raise StoreLocked(f"{self.folder}: another process has this outbox") from None
-            raise StoreFailed(f"{self.folder}: {error.strerror}") from None
+            raise file_error(error, self.folder) from None
         return lock
 
     def _open(self) -> None:
-        path = self.folder / "outbox" / "events.db"
+        place = self.folder / "outbox"
         try:
-            path.parent.mkdir(exist_ok=True)
-            problem = "its database is gone" if is_emptied(path) else None
-            if problem is None:
-                self._connection = connect(path)
-                problem = problem_of(self._connection, path, APPLICATION_ID)
+            problem = self._open_database(place)
             if problem is not None:
-                self._set_aside(path.parent, problem)
-                path.parent.mkdir()
-                self._connection = connect(path)
-            assert self._connection is not None
-            self._begin_boot(self._connection)
-            sync(path.parent)
+                self._set_aside(place, problem)
+                self._open_database(place)
+            self._begin_boot(self._opened())
+            sync(place)
             sync(self.folder)
-            for aside in sorted(self.folder.glob("aside-*")):
+            for aside in self._numbered("aside"):
                 self._take_over(aside)
         except sqlite3.Error as error:
             raise store_error(error, self.folder) from None
         except OSError as error:
-            raise StoreReadOnly(f"{self.folder}: {error}") from None
+            raise file_error(error, self.folder) from None
+
+    def _open_database(self, place: Path) -> str | None:
+        """Open what is there, or a new one; return what is wrong with it."""
+        path = place / "events.db"
+        if place.exists() and not place.is_dir():
+            return "not a folder"
+        place.mkdir(exist_ok=True)
+        self._last = LastNumber(place / "last")
+        if is_gone(path, self._last.number):
+            return "the database is gone"
+        self._connection = connect(path)
+        return problem_of(self._connection, APPLICATION_ID, self._last.number)
 
     def _begin_boot(self, connection: sqlite3.Connection) -> None:
         connection.execute("PRAGMA journal_mode = WAL")
@@ -151,37 +168,29 @@ class Store:
 
     def _set_aside(self, place: Path, problem: str) -> None:
         """Move a damaged database away, as one rename: it is never half there."""
-        numbers = [int(path.name.rsplit("-", 1)[1]) for path in self._asides()]
-        aside = self.folder / f"aside-{max(numbers, default=0) + 1}"
-        place.rename(aside)
-        if self._connection is not None:
-            self._connection.close()  # only now: it would tidy the WAL away
+        numbers = [number_of(path) for path in self._numbered("aside") + self._numbered("damaged")]
+        place.rename(self.folder / f"aside-{max(numbers, default=0) + 1}")
+        self._close_database()  # only now, as it tidies the WAL away, by its name
         self.damaged += 1
         log.warning("%s: damaged, set aside (%s)", place, problem)
 
-    def _asides(self) -> list[Path]:
-        found = [*self.folder.glob("aside-*"), *self.folder.glob("damaged-*")]
-        return [path for path in found if path.name.rsplit("-", 1)[1].isdecimal()]
-
     def _take_over(self, aside: Path) -> None:
         """Take what can be read of it; cut short, the next start does the same again."""
-        found: Salvage = salvage(aside / "events.db")
+        found = salvage(aside / "events.db")
         with self.transaction(durable=True):
-            for payload, event_id, device_id in found.events:
+            for event_id, device_id, payload in found.events:
                 self.add(Kept(event_id, device_id, payload))
             for run in found.lost:
                 self.add_run(Run(*run))
-        damaged = aside.rename(self.folder / aside.name.replace("aside", "damaged"))
+        damaged = aside.rename(self.folder / f"damaged-{number_of(aside)}")
         sync(self.folder)
-        log.warning(
-            "%s: %d events were read of it and will be sent; %d more could not be read",
-            *(damaged, len(found.events), found.unreadable),
-        )
-        known = sorted(self.folder.glob("damaged-*"), key=lambda path: path.stat().st_mtime)
-        for old in known[:-ASIDE_MAX]:
-            for path in old.iterdir():
-                path.unlink()
-            old.rmdir()
+        log.warning("%s: %d events were read of it and are sent", damaged, len(found.events))
+        for old in self._numbered("damaged")[:-DAMAGED_MAX]:
+            shutil.rmtree(old) if old.is_dir() else old.unlink()
+
+    def _numbered(self, name: str) -> list[Path]:
+        found = [path for path in self.folder.glob(f"{name}-*") if number_of(path)]
+        return sorted(found, key=number_of)
 
     # --- what is in it ------------------------------------------------------------------
 
@@ -216,8 +225,11 @@ class Store:
     def find(self, device_id: str, event_id: str) -> bytes | None:
         """Return the event's bytes if it is waiting."""
         sql = "SELECT payload FROM events WHERE event_id = ? AND device_id = ?"
-        row = next(self._query(sql, event_id, device_id), None)
-        return bytes(row[0]) if row else None
+        try:
+            row = self._opened().execute(sql, (event_id, device_id)).fetchone()
+        except sqlite3.Error as error:
+            raise self._error(error) from None
+        return row[0] if row else None
 
     def runs(self) -> list[Run]:
         """Return what was lost and not told yet."""
@@ -238,6 +250,8 @@ class Store:
             connection.execute("BEGIN IMMEDIATE")
             yield connection
             connection.execute("COMMIT")
+            if self._last is not None:
+                self._last.write(self._newest)
         except BaseException as error:
             self._undo(connection)
             if isinstance(error, sqlite3.Error):
@@ -250,7 +264,11 @@ class Store:
             "INSERT INTO events (event_id, device_id, payload, checksum) VALUES (?, ?, ?, ?)"
             " ON CONFLICT (event_id) DO NOTHING"
         )
-        return self._change(sql, *event, crc32(event.payload)) == 1
+        cursor = self._opened().execute(sql, (*event, crc32(event.payload)))
+        if cursor.rowcount != 1:
+            return False
+        self._newest = cursor.lastrowid or 0
+        return True
 
     def remove(self, event_ids: Iterable[str]) -> None:
         self._each("DELETE FROM events WHERE event_id = ?", ((it,) for it in event_ids))
@@ -311,6 +329,12 @@ def connect(path: Path) -> sqlite3.Connection:
     connection = sqlite3.connect(path, timeout=LOCK_SECONDS, isolation_level=None)
     connection.execute("PRAGMA locking_mode = EXCLUSIVE")
     return connection
+
+
+def number_of(path: Path) -> int:
+    """Return the N of damaged-N; 0 if the name is another one."""
+    found = re.fullmatch("[a-z]+-([1-9][0-9]{0,8})", path.name)
+    return int(found[1]) if found else 0
 
 
 def sync(folder: Path) -> None:
