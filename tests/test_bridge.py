@@ -214,6 +214,26 @@ def test_garbage_stops_nothing(running: Pipeline, bridges: ExitStack) -> None:
     assert bridge.log().count("not JSON") <= 2
 
 
+def test_what_cannot_become_a_reading_is_a_dead_letter(
+    running: Pipeline, bridges: ExitStack
+) -> None:
+    bridge = start(bridges, running, '[[source]]\npreset = "tasmota"\n')
+    running.ingester.kill()
+    for _ in range(3):
+        send(running.mosquitto, "tele/plug/SENSOR", '{"Time":"2026-02-10T08:00:00","ENERGY":{"P')
+    bridge.wait_for_log("not JSON: tele/plug/SENSOR")
+    bridge.kill()
+    bridge.start()
+    running.ingester.start()
+    running.database.wait_count("dead_letters", 1)
+    ((device_id, text),) = running.database.query(
+        "SELECT device_id, convert_from(payload, 'UTF8') FROM dead_letters"
+    )
+    assert device_id == "plug"
+    assert json.loads(text)["value"]["payload"].endswith('"ENERGY":{"P')
+    assert running.database.count("events") == 0
+
+
 def test_victron_is_asked_to_publish(running: Pipeline, bridges: ExitStack) -> None:
     text = '[[source]]\npreset = "victron"\nportal = "0200c0ffee05"\n'
     heard: list[str] = []

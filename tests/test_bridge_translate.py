@@ -579,6 +579,6 @@ def test_whatever_comes_never_raises_and_gives_only_what_the_ingester_takes(
     for reading in made.readings:
         event = event_of(reading)
         event_id = event.event_id or "made-by-the-outbox"
-        text = event_bytes(event_id, reading.device_id, event, 0.0)
+        text = event_bytes(event_id, reading.device_id, event, None)
         (result,) = decode(reading.device_id, text, UTC).results
         assert isinstance(result, Event), result

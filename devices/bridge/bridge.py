@@ -13,11 +13,13 @@ import select
 import sqlite3
 import time
 from collections import Counter
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
 from devices.bridge.complaints import Complaints
 from devices.bridge.config import Configuration
+from devices.bridge.deadends import BridgeOutbox
 from devices.bridge.names import DeviceNames
 from devices.bridge.received import Received
 from devices.bridge.session import Arrived, Session
@@ -27,7 +29,6 @@ from devices.python.telemetry import (
     NO_TIME,
     Event,
     EventRefused,
-    Outbox,
     PahoLink,
     Rejected,
     StoreFull,
@@ -39,8 +40,10 @@ VICTRON_SECONDS = 50.0
 # In the outbox: about 300 MB. Above it the oldest are dropped, and the gap is told.
 EVENTS_MAX = 1_000_000
 BYTES_MAX = 512 * 1024 * 1024
-# Above so many messages at once the rest waits, so that the events get out meanwhile.
+# Of a topic in a line of the log.
 SHOWN_CHARS_MAX = 120
+
+Keeper = Callable[[sqlite3.Connection], Any]
 
 log = logging.getLogger("bridge")
 
@@ -52,16 +55,16 @@ class Bridge:
         self._configuration = configuration
         self._heartbeat_file = heartbeat_file
         topics = configuration.topics
-        self._outbox = Outbox(
+        self._outbox = BridgeOutbox(
             configuration.store,
+            topics.events.replace("+", "{device_id}"),
+            topics.acks,
             events_max=EVENTS_MAX,
             bytes_max=BYTES_MAX,
-            events_topic=topics.events.replace("+", "{device_id}"),
-            acks_topic=topics.acks,
         )
         self._outbox.on_rejected = self._on_rejected
         self._received = Received()
-        self._outbox.add_all([], also=self._received.open)
+        self._outbox.add_all([], also=self._open_tables)
         self._translator = Translator(
             configuration.sources,
             DeviceNames(self._received.names),
@@ -85,6 +88,10 @@ class Bridge:
         }
         self._beat_at = 0.0
         self.is_stopping = False
+
+    def _open_tables(self, connection: sqlite3.Connection) -> None:
+        self._received.open(connection)
+        self._outbox.open_dead_ends(connection)
 
     def run(self) -> None:
         """Work until is_stopping is set. Raises an OutboxError that no waiting helps against."""
@@ -126,6 +133,7 @@ class Bridge:
     def _take(self, number: int, session: Session, arrived: list[Arrived]) -> None:
         """Make events of messages, keep them, and PUBACK."""
         events: list[Event] = []
+        dead_ends: list[Keeper] = []
         now = datetime.now(UTC)
         for message in arrived:
             self._counts["messages"] += 1
@@ -135,12 +143,14 @@ class Bridge:
             if self._received.is_taken(number, message):
                 self._counts["delivered again"] += 1
                 continue
-            events += self._events(message, now)
+            events += self._events(message, now, dead_ends)
         rows = self._received.note(number, arrived)
         names = self._translator.names.new
 
         def also(connection: sqlite3.Connection) -> None:
             self._received.write(connection, rows, names)
+            for keep in dead_ends:
+                keep(connection)
 
         for result in self._keep(events, also):
             if isinstance(result, EventRefused):
@@ -172,7 +182,7 @@ class Bridge:
                 if self.is_stopping:
                     raise SystemExit(1)
 
-    def _events(self, arrived: Arrived, now: datetime) -> list[Event]:
+    def _events(self, arrived: Arrived, now: datetime, dead_ends: list[Keeper]) -> list[Event]:
         message = Incoming(
             arrived.topic,
             arrived.payload,
@@ -188,6 +198,9 @@ class Bridge:
         if translation.dead_end is not None:
             self._counts[f"dead end: {translation.dead_end}"] += 1
             self._complaints.add(translation.dead_end, arrived.topic[:SHOWN_CHARS_MAX])
+            keep = self._outbox.dead_end(message, translation.dead_end, translation.device_id)
+            if keep is not None:
+                dead_ends.append(keep)
         return [event_of(reading) for reading in translation.readings]
 
     # --- what is due --------------------------------------------------------------------------
