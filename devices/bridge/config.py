@@ -7,8 +7,10 @@ Invariant: what comes out can be run. No input of it is one of the stack's own t
 broker, so the bridge never reads what it has written.
 """
 
+import sys
 import tomllib
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 from zoneinfo import ZoneInfo
@@ -93,9 +95,9 @@ class Configuration:
 
 
 def load(path: str, env: Mapping[str, str]) -> Configuration:
-    """Return what the file and the environment say. Raises ConfigError."""
+    """Return what the file (-: standard input) and the environment say. Raises ConfigError."""
     try:
-        with open(path, "rb") as file:
+        with nullcontext(sys.stdin.buffer) if path == "-" else open(path, "rb") as file:
             document = tomllib.load(file)
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{path}: not TOML: {error}") from None

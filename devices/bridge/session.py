@@ -24,7 +24,7 @@ from devices.bridge.config import BrokerSettings
 CONNECT_SECONDS = 3.0
 KEEPALIVE_SECONDS = 15
 RETRY_SECONDS_MIN = 1.0
-RETRY_SECONDS_MAX = 30.0
+RETRY_SECONDS_MAX = 5.0  # what is published meanwhile may have nobody who takes it
 # Read in one turn, so that the other sessions have theirs.
 BATCH_MESSAGES_MAX = 500
 BATCH_BYTES_MAX = 4_194_304
