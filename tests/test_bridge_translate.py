@@ -330,6 +330,14 @@ def test_rtl_433_has_the_time_in_the_message_before() -> None:
     assert other.readings[0].ts_device is None
 
 
+def test_rtl_433_sends_both_forms_and_each_reading_is_stored_once() -> None:
+    to = translator("rtl_433")
+    whole = '{"time":"2026-11-20 09:15:42","model":"Nexus-TH","id":147,"channel":2,"humidity":47}'
+    assert told(sent(to, "rtl_433/vm/events", whole)) == {"humidity": 47}
+    sent(to, "rtl_433/vm/devices/Nexus-TH/2/147/time", "2026-11-20 09:15:42")
+    assert not sent(to, "rtl_433/vm/devices/Nexus-TH/2/147/humidity", "47").readings
+
+
 def test_statestream_learns_the_unit_after_the_state() -> None:
     to = translator("ha-statestream")
     sent(to, "statestream/sensor/kitchen/unit_of_measurement", '"\\u00b0C"', retained=True)

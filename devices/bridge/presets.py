@@ -382,6 +382,7 @@ RTL_433 = Preset(
         Rule("{prefix}/{host}/log", ignore=LOG),
     ),
     subscribe="{prefix}/#",
+    echo_seconds=2.0,  # by default it sends both forms of everything
     time=("time",),
     leave=(
         *("time", "type", "model", "subtype", "channel", "id", "protocol", "mod", "mic"),
