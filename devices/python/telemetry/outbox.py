@@ -26,7 +26,8 @@ from typing import Any, NamedTuple
 from .ack import answers
 from .errors import EventRefused, StoreFull
 from .event import NO_TIME, Event, event_bytes, is_device_id, timestamp_text
-from .store import Kept, Run, Store
+from .kept import Kept, Run
+from .store import Store
 
 ANSWER_BYTES = 200  # of one event in an ACK, beyond the event id and the device id
 BATCH_MAX = 200

@@ -29,7 +29,11 @@ log = logging.getLogger(__name__)
 
 
 class PahoLink:
-    """One outbox's connection. `ca_file` turns TLS on; `client_id`: the outbox's by default."""
+    """One outbox's connection.
+
+    `tls`: with the certificates that the system trusts; `ca_file`: TLS with these alone.
+    `client_id`: the outbox's by default.
+    """
 
     def __init__(
         self,
@@ -39,12 +43,13 @@ class PahoLink:
         username: str | None = None,
         password: str | None = None,
         ca_file: str | None = None,
+        tls: bool = False,
         client_id: str | None = None,
     ) -> None:
         self._outbox = outbox
         self._host, self._port = host, port
         self._username, self._password = username, password
-        self._ca_file = ca_file
+        self._ca_file, self._tls = ca_file, tls
         self._client_id = client_id or outbox.client_id
         self._client: paho.Client | None = None  # None between two attempts to connect
         self._is_up = False  # the broker has taken us, and the ACKs are subscribed
@@ -135,7 +140,7 @@ class PahoLink:
             client.username_pw_set(self._username, self._password)
         self.trouble = "connection lost"
         try:
-            if self._ca_file:
+            if self._tls or self._ca_file:
                 client.tls_set(self._ca_file)
             client.connect(self._host, self._port, KEEPALIVE_SECONDS)
         except (OSError, ValueError) as error:  # ValueError: a name that is none
