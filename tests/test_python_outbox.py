@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 
 from devices.python.telemetry import NO_TIME, Event, EventRefused, Outbox, Rejected, StoreFailed
+from ingester.event import decode
+from ingester.rejection import Reason, Rejection
 
 NOW = 1_770_681_600.25
 
@@ -328,6 +330,18 @@ def test_a_rejected_event_is_told_with_all_there_is_and_forgotten(bench: Bench) 
     bench.answer(event_id, status="rejected", reason="invalid_field", error="value: no")
     assert told == [Rejected("pi", event_id, "invalid_field", "value: no", message.payload)]
     assert outbox.waiting() == 0
+
+
+def test_what_can_be_no_event_is_sent_so_that_it_becomes_a_dead_letter(bench: Bench) -> None:
+    outbox = bench.open(None)
+    event = Event("t", device_id="plug", event_id="x", dead_letter={"raw": "?"})
+    assert outbox.add_all([event]) == ["x"]
+    outbox.connected()
+    (message,) = outbox.due()
+    assert json.loads(message.payload)["value"] == {"raw": "?"}
+    (result,) = decode("plug", message.payload, UTC).results
+    assert isinstance(result, Rejection)
+    assert (result.reason, result.event_id) == (Reason.INVALID_FIELD, "x")
 
 
 def test_an_answer_that_comes_after_a_restart_counts(bench: Bench) -> None:

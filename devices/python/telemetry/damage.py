@@ -8,12 +8,16 @@ Invariant: an event that is read has the very bytes that were kept: each has a c
 
 import json
 import re
+import shutil
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from zlib import crc32
+
+from .kept import Kept, Run
 
 PIECE_BYTES_MAX = 4_096  # a page; what is longer lies in several
 DAMAGED = {
@@ -21,17 +25,6 @@ DAMAGED = {
     sqlite3.SQLITE_NOTADB,
     sqlite3.SQLITE_ERROR,  # no such table
 }
-
-
-Event = tuple[str, str, bytes]  # event id, device id, payload
-LostRun = tuple[str, str, int, int, int]  # device id, salt, boot, first, last
-
-
-class Salvage(NamedTuple):
-    """What could be read: each event, and the runs of lost ones."""
-
-    events: list[Event]
-    lost: list[LostRun]
 
 
 def wal_of(path: Path) -> Path:
@@ -79,48 +72,45 @@ def problem_of(connection: sqlite3.Connection, application_id: int, last: int) -
         raise
 
 
-def salvage(path: Path) -> Salvage:
-    """Read what can be read: by SQL, and behind what is broken by the look of its bytes.
+def salvage(path: Path) -> Generator[Kept | Run, None, None]:
+    """Yield what can be read: by SQL, and what is behind the damage by the look of its bytes.
 
-    Among the latter may be events that were answered already; they are found to be duplicates.
+    Among the latter are events once more, and some that were answered already; they are found
+    to be duplicates. It is not gathered first: there may be more than fits into memory.
     """
-    found: dict[str, Event] = {}
-    lost: list[LostRun] = []
-    files = [it for it in (path, wal_of(path)) if it.is_file() and it.stat().st_size]
-    if path in files:
-        connection = sqlite3.connect(path, isolation_level=None)
+    kept = path.with_name(path.name + "-wal.kept")
+    wal = wal_of(path)
+    if wal.is_file() and not kept.exists():
+        # SQLite deletes the WAL in the end, and there may be more in it than SQLite reads.
+        try:
+            kept.hardlink_to(wal)
+        except OSError:  # a file system without links
+            shutil.copy(wal, kept)
+    if path.is_file() and path.stat().st_size:
+        with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+            yield from read_events(connection)
+            yield from read_lost(connection)
+    for file in (path, kept):
+        if file.is_file() and file.stat().st_size:
+            yield from carve(file)
+
+
+def read_events(connection: sqlite3.Connection) -> Iterator[Kept]:
+    """Yield the events from either end up to what is broken."""
+    for order in ("ASC", "DESC"):
         try:
             connection.execute("PRAGMA locking_mode = EXCLUSIVE")
-            found = {event[0]: event for event in read_events(connection)}
-            lost = read_lost(connection)
-        except sqlite3.DatabaseError:
-            pass  # of the wrong format as a whole
-        finally:
-            # Closing tidies the WAL away, by its name; it may have more in it than SQLite reads.
-            kept = path.with_name(path.name + "-wal.kept")
-            files = [it if it == path else it.rename(kept) for it in files]
-            connection.close()
-    for file in files:
-        for event in carve(file):
-            found.setdefault(event[0], event)
-    return Salvage(list(found.values()), lost)
-
-
-def read_events(connection: sqlite3.Connection) -> list[Event]:
-    """Return the events from either end up to what is broken, the oldest first."""
-    found: dict[int, Event | None] = {}
-    for order in ("ASC", "DESC"):
-        sql = f"SELECT number, payload, checksum FROM events ORDER BY number {order}"
-        try:
-            for number, payload, checksum in connection.execute(sql):
-                found[number] = whole_event(payload, checksum)
+            sql = f"SELECT payload, checksum FROM events ORDER BY number {order}"
+            for payload, checksum in connection.execute(sql):
+                event = whole_event(payload, checksum)
+                if event is not None:
+                    yield event
         except sqlite3.DatabaseError:
             continue
         break  # read from one end to the other
-    return [event for _, event in sorted(found.items()) if event is not None]
 
 
-def carve(path: Path) -> Iterator[Event]:
+def carve(path: Path) -> Iterator[Kept]:
     """Yield the events that stand in one piece anywhere in a file: payload and checksum."""
     with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as content:
         for start in re.finditer(rb'\{"schema":1,"event_id":"', content):
@@ -139,17 +129,17 @@ def carve(path: Path) -> Iterator[Event]:
                     yield event
 
 
-def whole_event(payload: Any, checksum: Any) -> Event | None:
+def whole_event(payload: Any, checksum: Any) -> Kept | None:
     if not isinstance(payload, bytes) or crc32(payload) != checksum:
         return None
     event = json.loads(payload)  # the columns beside it have no checksum
-    return event["event_id"], event["device_id"], payload
+    return Kept(event["event_id"], event["device_id"], payload)
 
 
-def read_lost(connection: sqlite3.Connection) -> list[LostRun]:
+def read_lost(connection: sqlite3.Connection) -> Iterator[Run]:
     try:
-        rows = connection.execute("SELECT device_id, salt, boot, first, last FROM lost").fetchall()
+        for row in connection.execute("SELECT device_id, salt, boot, first, last FROM lost"):
+            if all(map(isinstance, row, (str, str, int, int, int))):
+                yield Run(*row)
     except sqlite3.DatabaseError:
-        return []
-    types = (str, str, int, int, int)
-    return [row for row in rows if all(map(isinstance, row, types))]
+        return

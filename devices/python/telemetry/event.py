@@ -40,6 +40,8 @@ class Event:
     `timestamp`: seconds since 1970, as time.time() gives them: left out if that clock was
     never set; or a datetime (without a zone it is local time), which is taken for what it says;
     None: now; NO_TIME: the event has none. `event_id`: None for one of the outbox's own.
+    `dead_letter`: in place of a value, what never can be one: the ingester will reject the
+    event for it, and keep it where a person can look at it.
     """
 
     event_type: str
@@ -49,6 +51,7 @@ class Event:
     meta: Mapping[str, Any] | None = None
     device_id: str | None = None
     event_id: str | None = None
+    dead_letter: Mapping[str, Any] | None = None
 
 
 def is_device_id(device_id: object) -> bool:
@@ -83,7 +86,9 @@ def event_bytes(event_id: str, device_id: str, event: Event, now: str | None) ->
         "event_type": event.event_type,
     }
     value = event.value
-    if value is not None:
+    if event.dead_letter is not None:
+        fields["value"] = _object("dead_letter", event.dead_letter)
+    elif value is not None:
         if not isinstance(value, (bool, int, float, str)):
             raise EventRefused(f"value: expected a number or a string, got {type(value).__name__}")
         _check_storable("value", value, 0)
@@ -98,14 +103,18 @@ def event_bytes(event_id: str, device_id: str, event: Event, now: str | None) ->
     if timestamp is not None:
         fields["ts_device"] = timestamp
     if event.meta is not None:
-        if not isinstance(event.meta, dict):
-            raise EventRefused(f"meta: expected a dict, got {type(event.meta).__name__}")
-        _check_storable("meta", event.meta, 0)
-        fields["meta"] = event.meta
+        fields["meta"] = _object("meta", event.meta)
     try:
         return ENCODER.encode(fields).encode()
     except UnicodeEncodeError:
         raise EventRefused("a text has half of a surrogate pair") from None
+
+
+def _object(name: str, value: object) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise EventRefused(f"{name}: expected a dict, got {type(value).__name__}")
+    _check_storable(name, value, 0)
+    return value
 
 
 def _check_text(name: str, text: object, chars_min: int, chars_max: int) -> None:

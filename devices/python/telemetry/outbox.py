@@ -26,13 +26,15 @@ from typing import Any, NamedTuple
 from .ack import answers
 from .errors import EventRefused, StoreFull
 from .event import NO_TIME, Event, event_bytes, is_device_id, timestamp_text
-from .store import Kept, Run, Store
+from .kept import Kept, Run
+from .store import Store
 
 ANSWER_BYTES = 200  # of one event in an ACK, beyond the event id and the device id
 BATCH_MAX = 200
 IN_FLIGHT_EVENTS_MAX = 4_000  # of all devices together, without an answer
 RESEND_SECONDS = 10.0
 RESEND_SECONDS_MAX = 300.0
+UPKEEP_SECONDS = 1.0
 SILENT_MAX = 3  # sent so often without an answer, a connection is not trusted any more
 NOTE_BYTES = 400  # an event that tells of one run of lost events has less
 DEVICE = "{device_id}"
@@ -125,6 +127,7 @@ class Outbox:
         self._answered = False  # since connected(): the way to the database is open
         self._answered_at = -math.inf
         self._next_due = math.inf
+        self._next_upkeep = -math.inf  # of what may fail on a full disk
         self._is_reconnect_wanted = False
         self.on_stored: Callable[[str], object] = lambda event_id: None
         self.on_rejected: Callable[[Rejected], object] = log_rejected
@@ -187,11 +190,14 @@ class Outbox:
             kept.append(item)
             results.append(item.event_id)
         if kept or also is not None:
+            # Before they are kept: whatever interrupts this, no number is given twice.
+            before = {it: self._sequences.get(it, 0) for it in sequences}
+            self._sequences.update(sequences)
             try:
                 self._keep(kept, also)
-            except StoreFull:  # there may be room now that the WAL is in the database
-                self._keep(kept, also)
-        self._sequences.update(sequences)
+            except Exception:
+                self._sequences.update(before)
+                raise
         return results
 
     def waiting(self) -> int:
@@ -253,11 +259,12 @@ class Outbox:
         """
         if not self._connected:
             return []
-        if self._unforgotten:
-            self._forget(set())
-        if self._answered and self._has_lost:
-            self._tell_lost()
         now = self._ticks()
+        if now >= self._next_upkeep:
+            if self._unforgotten:
+                self._forget(set())
+            if self._answered and self._has_lost:
+                self._tell_lost()
         if now >= self._next_due:
             self._find_overdue(now)
         messages: list[Message] = []
@@ -330,14 +337,13 @@ class Outbox:
     def _keep(
         self, kept: list[Kept], also: Callable[[sqlite3.Connection], object] | None = None
     ) -> None:
-        with self._store.transaction(durable=True) as connection:
-            self._store.remove(self._unforgotten)
-            new = [item for item in kept if self._store.add(item)]
-            dropped = self._drop_oldest(new)
-            if also is not None:
-                also(connection)
+        try:
+            new, dropped = self._write(kept, also)
+        except StoreFull:  # there may be room now that the WAL is in the database
+            new, dropped = self._write(kept, also)
         self._unforgotten.clear()
         self._repeated += len(kept) - len(new)
+        self._dropped += len(dropped)
         self._has_lost = self._has_lost or bool(dropped)
         for item in new:
             lane = self._lanes.setdefault(item.device_id, Lane())
@@ -347,8 +353,20 @@ class Outbox:
                 self._ready[item.device_id] = None
         for item in dropped:
             self._take(item.device_id, item.event_id, len(item.payload))
-            self._dropped += 1
+        for item in dropped:
             self.on_dropped(item.event_id)
+
+    def _write(
+        self, kept: list[Kept], also: Callable[[sqlite3.Connection], object] | None
+    ) -> tuple[list[Kept], list[Kept]]:
+        """Return what was not there yet, and what was dropped for it."""
+        with self._store.transaction(durable=True) as connection:
+            self._store.remove(self._unforgotten)
+            new = [item for item in kept if self._store.add(item)]
+            dropped = self._drop_oldest(new)
+            if also is not None:
+                also(connection)
+        return new, dropped
 
     # --- events out ----------------------------------------------------------------------
 
@@ -444,8 +462,9 @@ class Outbox:
         try:
             with self._store.transaction(durable=False):
                 self._store.remove(self._unforgotten)
-        except StoreFull:
-            return  # it takes room to delete, too; due() tries it again
+        except StoreFull:  # it takes room to delete, too; due() tries it again
+            self._next_upkeep = self._ticks() + UPKEEP_SECONDS
+            return
         self._unforgotten.clear()
 
     # --- where there is no room ------------------------------------------------------------
@@ -482,6 +501,7 @@ class Outbox:
         runs = self._store.runs()
         size = sum(lane.bytes for lane in self._lanes.values()) + len(runs) * NOTE_BYTES
         if self.waiting() + len(runs) > self._events_max or size > self._bytes_max:
+            self._next_upkeep = self._ticks() + UPKEEP_SECONDS
             return
         kept: list[Kept] = []
         sequences: dict[str, int] = {}
@@ -493,9 +513,10 @@ class Outbox:
         try:
             self._keep(kept, lambda connection: self._store.remove_runs())
         except StoreFull:
+            self._next_upkeep = self._ticks() + UPKEEP_SECONDS
             return
-        self._has_lost = False
         self._sequences.update(sequences)
+        self._has_lost = False
 
 
 def log_rejected(rejected: Rejected) -> None:

@@ -29,7 +29,11 @@ log = logging.getLogger(__name__)
 
 
 class PahoLink:
-    """One outbox's connection. `ca_file` turns TLS on; `client_id`: the outbox's by default."""
+    """One outbox's connection.
+
+    `tls`: with the certificates that the system trusts; `ca_file`: TLS with these alone.
+    `client_id`: the outbox's by default.
+    """
 
     def __init__(
         self,
@@ -39,12 +43,13 @@ class PahoLink:
         username: str | None = None,
         password: str | None = None,
         ca_file: str | None = None,
+        tls: bool = False,
         client_id: str | None = None,
     ) -> None:
         self._outbox = outbox
         self._host, self._port = host, port
         self._username, self._password = username, password
-        self._ca_file = ca_file
+        self._ca_file, self._tls = ca_file, tls
         self._client_id = client_id or outbox.client_id
         self._client: paho.Client | None = None  # None between two attempts to connect
         self._is_up = False  # the broker has taken us, and the ACKs are subscribed
@@ -52,6 +57,7 @@ class PahoLink:
         self._connect_at = 0.0
         self._retry_seconds = RETRY_SECONDS
         self.trouble = ""  # why it is not connected
+        self._told = ""
 
     def is_connected(self) -> bool:
         return self._is_up
@@ -74,8 +80,7 @@ class PahoLink:
 
     def close(self) -> None:
         """Say good-bye to the broker. What is in the outbox stays there."""
-        if self._client is not None:
-            self._client.disconnect()
+        self._told = "closed"  # which is no trouble
         self._lost("closed")
 
     # --- one turn -----------------------------------------------------------------------
@@ -129,13 +134,14 @@ class PahoLink:
         client.connect_timeout = CONNECT_SECONDS
         client.max_inflight_messages_set(0)
         client.on_connect = self._on_connect
+        client.on_subscribe = self._on_subscribe
         client.on_message = self._on_message
         client.on_socket_open = self._on_socket_open
         if self._username:
             client.username_pw_set(self._username, self._password)
-        self.trouble = "connection lost"
+        self.trouble = ""
         try:
-            if self._ca_file:
+            if self._tls or self._ca_file:
                 client.tls_set(self._ca_file)
             client.connect(self._host, self._port, KEEPALIVE_SECONDS)
         except (OSError, ValueError) as error:  # ValueError: a name that is none
@@ -152,7 +158,16 @@ class PahoLink:
             self.trouble = str(code)
             return
         client.subscribe([(topic, 1) for topic in self._outbox.subscriptions()])
-        self.trouble = ""
+
+    def _on_subscribe(
+        self, client: paho.Client, _u: Any, _mid: int, codes: list[ReasonCode], _: Any
+    ) -> None:
+        # One of several may be refused: that of an earlier device id, say.
+        if all(code.is_failure for code in codes):
+            self.trouble = "the broker refuses to let the ACKs be read"
+            client.disconnect()
+            return
+        self.trouble = self._told = ""
         self._is_up = True
         self._outbox.connected()
 
@@ -161,8 +176,10 @@ class PahoLink:
         self._heard.append((message.topic, bytes(message.payload)))
 
     def _lost(self, trouble: str) -> None:
-        if self._is_up or trouble != self.trouble:
+        if trouble != self._told:  # once, however often it is tried
             log.warning("%s:%s: %s", self._host, self._port, trouble)
-        self.trouble = trouble
-        self._client, self._is_up = None, False
+        self.trouble = self._told = trouble
+        client, self._client, self._is_up = self._client, None, False
+        if client is not None:
+            client.disconnect()
         self._outbox.disconnected()

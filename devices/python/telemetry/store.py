@@ -15,13 +15,14 @@ import secrets
 import shutil
 import sqlite3
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from zlib import crc32
 
 from .damage import is_gone, problem_of, salvage
 from .errors import OutboxError, StoreDamaged, StoreFailed, StoreLocked, file_error, store_error
+from .kept import Kept, Run
 from .last_number import LastNumber
 
 APPLICATION_ID = 0x71730001  # "qs", in the file's header: it is ours
@@ -50,24 +51,6 @@ DAMAGED_MAX = 4  # that are kept; older ones go
 RUNS_MAX = 1_000  # of lost events, that are remembered until they are told
 
 log = logging.getLogger(__name__)
-
-
-class Kept(NamedTuple):
-    """One event as it is kept."""
-
-    event_id: str
-    device_id: str
-    payload: bytes
-
-
-class Run(NamedTuple):
-    """Lost events of one device with numbers in a row; without salt: any, only counted."""
-
-    device_id: str
-    salt: str
-    boot: int
-    first: int
-    last: int
 
 
 class Store:
@@ -176,15 +159,16 @@ class Store:
 
     def _take_over(self, aside: Path) -> None:
         """Take what can be read of it; cut short, the next start does the same again."""
-        found = salvage(aside / "events.db")
-        with self.transaction(durable=True):
-            for event_id, device_id, payload in found.events:
-                self.add(Kept(event_id, device_id, payload))
-            for run in found.lost:
-                self.add_run(Run(*run))
+        count = 0
+        with self.transaction(durable=True), closing(salvage(aside / "events.db")) as found:
+            for item in found:
+                if isinstance(item, Kept):
+                    count += self.add(item)
+                else:
+                    self.add_run(item)
         damaged = aside.rename(self.folder / f"damaged-{number_of(aside)}")
         sync(self.folder)
-        log.warning("%s: %d events were read of it and are sent", damaged, len(found.events))
+        log.warning("%s: %d events were read of it and are sent", damaged, count)
         for old in self._numbered("damaged")[:-DAMAGED_MAX]:
             shutil.rmtree(old) if old.is_dir() else old.unlink()
 
