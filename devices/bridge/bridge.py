@@ -68,7 +68,6 @@ class Bridge:
         self._translator = Translator(
             configuration.sources,
             DeviceNames(self._received.names),
-            lambda topic: any(overlap(each, topic) for each in topics.filters),
         )
         ours = configuration.ours
         self._link = PahoLink(

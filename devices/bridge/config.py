@@ -123,7 +123,8 @@ def _configuration(document: dict[str, Any], env: Mapping[str, str]) -> Configur
     if not tables:
         raise ConfigError('no [[source]]: name at least one, such as preset = "zigbee2mqtt"')
     sources = [_source(table, f"source {number}", env) for number, table in enumerate(tables, 1)]
-    if (theirs.host.lower(), theirs.port) == (ours.host.lower(), ours.port):
+    is_same = (theirs.host.lower(), theirs.port) == (ours.host.lower(), ours.port)
+    if is_same:
         for number, source in enumerate(sources, 1):
             _refuse_loop(source, topics, f"source {number}")
     level = (env.get("LOG_LEVEL") or "INFO").upper()
@@ -131,7 +132,7 @@ def _configuration(document: dict[str, Any], env: Mapping[str, str]) -> Configur
         raise ConfigError("LOG_LEVEL: expected one of DEBUG, INFO, WARNING, ERROR")
     portals = {table.get("portal", "+") for table in tables if table.get("preset") == "victron"}
     return Configuration(
-        Sources(sources),
+        Sources(sources, topics.filters if is_same else ()),
         theirs,
         ours,
         topics,

@@ -14,7 +14,7 @@ from fnmatch import translate
 from typing import NamedTuple
 
 from devices.bridge.presets import DISCOVERY_RULES, PRESETS, Preset, Rule
-from devices.bridge.template import TOPIC_CHARS_MAX, Template, compile_template
+from devices.bridge.template import TOPIC_CHARS_MAX, Template, compile_template, overlap
 
 _CACHED_MAX = 20_000
 
@@ -142,8 +142,10 @@ class Kind(NamedTuple):
 class Sources:
     """All sources, and the discovery that each of them learns units from."""
 
-    def __init__(self, sources: Iterable[Source]) -> None:
+    def __init__(self, sources: Iterable[Source], own: Iterable[str] = ()) -> None:
+        """`own`: filters of what the stack itself writes to the same broker: no source reads it."""
         self.sources = list(sources)
+        self._own = tuple(own)
         self._discovery = [(rule, compile_template(rule.topic)) for rule in DISCOVERY_RULES]
         self._places: dict[str, Place | None] = {}
 
@@ -164,7 +166,13 @@ class Sources:
             self._places[topic] = found
         return found
 
+    def is_own(self, topic: str) -> bool:
+        """Tell whether the stack itself writes to this topic."""
+        return any(overlap(each, topic) for each in self._own)
+
     def _find(self, topic: str) -> Place | None:
+        if self.is_own(topic):
+            return None
         for rule, template in self._discovery:
             if (levels := template.match(topic)) is not None and self.sources:
                 return Place(self.sources[0], rule, levels)

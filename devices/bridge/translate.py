@@ -11,7 +11,7 @@ and each reading is one that the ingester takes.
 import json
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime, timedelta, tzinfo
 from typing import Any, NamedTuple
 
@@ -127,11 +127,9 @@ class Translator:
         self,
         sources: Sources,
         names: DeviceNames | None = None,
-        is_own: Callable[[str], bool] = lambda _: False,
         units: LearntUnits | None = None,
     ) -> None:
         self._sources = sources
-        self._is_own = is_own
         self.names = names or DeviceNames()
         self.units = units or LearntUnits()
         self._times: OrderedDict[str, tuple[datetime, datetime | None]] = OrderedDict()
@@ -140,11 +138,10 @@ class Translator:
 
     def translate(self, message: Incoming) -> Translation:
         """Return what a message becomes. Never raises."""
-        if self._is_own(message.topic):
-            return _nothing(OWN_TOPIC, "")
         place = self._sources.place(message.topic)
         if place is None:
-            return _nothing(UNKNOWN_TOPIC, "")
+            is_own = self._sources.is_own(message.topic)
+            return _nothing(OWN_TOPIC if is_own else UNKNOWN_TOPIC, "")
         source, rule, levels = place
         name = source.settings.preset
         if rule.learn:
