@@ -45,6 +45,7 @@ _PIP_COMPILE = (
 )
 _COMPOSE = "docker compose -f docker-compose.yml"
 _WEB = "overlays/web/tests types it"
+_BRIDGE = "test_bridge.py runs the bridge, with a configuration of its own"
 _SUDO = "becomes root, and changes files of the machine"
 NOT_TYPED = {
     "tools/stack up": _STACK,
@@ -124,6 +125,11 @@ NOT_TYPED = {
     f"{_COMPOSE} -f overlays/secure/docker-compose.yml -f overlays/web/docker-compose.yml"
     " -f overlays/web/secure.yml up -d --build --wait": _WEB,
     "overlays/web/run": _WEB,
+    f"{_COMPOSE} -f overlays/bridge/docker-compose.yml up -d --build --wait": _BRIDGE,
+    "docker logs homelab-bridge": _BRIDGE,
+    "BRIDGE_STORE=/var/lib/bridge python3 -m devices.bridge bridge.toml": _BRIDGE,
+    "python3 -m devices.bridge bridge.toml --dry-run": _BRIDGE,
+    "overlays/secure/device add homelab-bridge": _BRIDGE,
     "git worktree add ../before COMMIT": "needs a clone with its history",
 }
 
