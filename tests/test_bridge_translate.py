@@ -365,6 +365,11 @@ def test_bytes_of_a_program_that_knows_no_utf_8_are_a_number_if_they_are_one() -
     assert [(r.value, r.unit) for r in made.readings] == [(21.5, "°C")]
 
 
+@pytest.mark.parametrize("topic", ["$SYS/broker/uptime", "a/b/set", "cmnd/x/POWER"])
+def test_a_template_for_everything_brings_no_command_either(topic: str) -> None:
+    assert not sent(translator("plain", topic="{device}/{event_type...}"), topic, "1").readings
+
+
 @pytest.mark.parametrize(
     ("topic", "text"),
     [
@@ -380,6 +385,7 @@ def test_bytes_of_a_program_that_knows_no_utf_8_are_a_number_if_they_are_one() -
         ("ems-esp/boiler", '{"cmd":"seltemp"}'),
         ("wled/desk/api", "A=1"),
         ("home/OMG_hall/commands/MQTTtoBT", "{}"),
+        ("cmnd/plug/POWER", "ON"),
         ("$SYS/broker/uptime", "286 seconds"),
         ("qs/v1/esp32-01/events", "{}"),
     ],

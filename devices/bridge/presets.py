@@ -163,6 +163,7 @@ TASMOTA = Preset(
         # %prefix%/%topic%/, the usual order, and %topic%/%prefix%/.
         Rule("{prefix}/{device...}/SENSOR", json_only=True),
         Rule("{prefix}/{device...}/STATE", json_only=True),
+        Rule("{prefix}/{device...}/RESULT", json_only=True),
         Rule("{prefix}/{device...}/LWT", event_type="LWT"),
         Rule("{prefix}/{device...}/INFO1", ignore=ABOUT_ITSELF),
         Rule("{prefix}/{device...}/INFO2", ignore=ABOUT_ITSELF),
@@ -623,6 +624,9 @@ PRESETS = {
     "collectd": COLLECTD,
     "plain": PLAIN,
 }
+
+# The last level of a command's topic, whatever the source; and the first one of Tasmota's.
+COMMAND_LEVELS = {"set", "get", "command", "cmnd"}
 
 # Where units are learnt, whatever the source: Home Assistant's discovery.
 DISCOVERY_RULES = (

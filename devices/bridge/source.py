@@ -171,7 +171,8 @@ class Sources:
         return any(overlap(each, topic) for each in self._own)
 
     def _find(self, topic: str) -> Place | None:
-        if self.is_own(topic):
+        # `$SYS/broker/uptime`: what a broker tells of itself; no wildcard brings it either.
+        if self.is_own(topic) or topic.startswith("$"):
             return None
         for rule, template in self._discovery:
             if (levels := template.match(topic)) is not None and self.sources:

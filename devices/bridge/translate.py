@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from devices.bridge.moment import moment, written
 from devices.bridge.names import DeviceNames, TooManyNames, digest, event_type_of
-from devices.bridge.presets import Rule
+from devices.bridge.presets import COMMAND, COMMAND_LEVELS, Rule
 from devices.bridge.source import Place, Source, Sources
 from devices.bridge.units import LearntUnits
 from devices.bridge.value import TEXT_CHARS_MAX, of_json, of_text, storable, unit_name
@@ -146,8 +146,8 @@ class Translator:
         name = source.settings.preset
         if rule.learn:
             return self._learn(message, place)
-        if rule.ignore:
-            return _nothing(rule.ignore, name)
+        if rule.ignore or _is_command(message.topic):
+            return _nothing(rule.ignore or COMMAND, name)
         if message.retained and not source.settings.retained:
             return _nothing(RETAINED, name)
         device = ""
@@ -155,9 +155,9 @@ class Translator:
             device = source.device(rule, levels)
             return self._readings(message, place)
         except (_DeadEnd, TooManyNames) as error:
-            # A name that is a secret stays out of the dead letters, too.
-            is_told = bool(device) and not source.is_secret(device)
-            device_id = self._device_id_of(source.named(device, levels)) if is_told else None
+            if source.is_secret(device):  # it stays out of the dead letters and the log, too
+                return _nothing(str(error), name)
+            device_id = self._device_id_of(source.named(device, levels)) if device else None
             return Translation([], {}, name, device_id, str(error))
 
     def _device_id_of(self, name: str) -> str | None:
@@ -207,10 +207,11 @@ class Translator:
             _count(skipped, RETAINED)
             return
         all_have = self._common(message, place, device, happened_at)
-        siblings = _sibling_units(document, source)
+        inside = _inside(document, rule)
+        siblings = _sibling_units(inside, source)
         base = (*above, *rule.event_type.split("/"), *levels.get("event_type", "").split("/"))
         times: dict[str, int] = {}
-        for path, value in _flat(_inside(document, rule)):
+        for path, value in _flat(inside):
             full = ".".join(filter(None, (*base, *path)))
             event_type = event_type_of(full)
             kind = source.kind(event_type)
@@ -376,6 +377,10 @@ class Translator:
                 self._values.popitem(last=False)
             kept.append(reading)
         return kept
+
+
+def _is_command(topic: str) -> bool:
+    return topic.rpartition("/")[2] in COMMAND_LEVELS or topic.startswith("cmnd/")
 
 
 def _count(skipped: dict[str, int], reason: str) -> None:
