@@ -24,7 +24,7 @@ from paho.mqtt.enums import CallbackAPIVersion
 
 from tests.support.bridge import Bridge, Firmware, numbers_pubacked
 from tests.support.pipeline import Pipeline, wait_until
-from tests.support.tap import Tap
+from tests.support.tap import PUBACK, Tap
 from tools.process import CHECKOUT, clean_environment, free_port
 from tools.stack import Mosquitto
 
@@ -247,6 +247,10 @@ def test_victron_is_asked_to_publish(running: Pipeline, bridges: ExitStack) -> N
     wait_until(lambda: heard == ["R/0200c0ffee05/keepalive"], "a keep-alive")
 
 
+def pubacked_ids(tap: Tap) -> set[int]:
+    return {packet.mid for line in tap.lines for packet in line.passed("to_server", PUBACK)}
+
+
 # --- faults ---------------------------------------------------------------------------------
 
 
@@ -269,10 +273,35 @@ def check(pipeline: Pipeline, taps: list[Tap]) -> int:
 FAULTS = ("bridge", "bridge politely", "ingester", "database", "our broker", "their broker", "line")
 
 
+@pytest.mark.parametrize("is_killed", [False, True], ids=["cut off", "killed"])
+def test_what_was_kept_and_not_pubacked_is_known_when_it_is_delivered_again(
+    running: Pipeline, theirs: Mosquitto, bridges: ExitStack, is_killed: bool
+) -> None:
+    tap = bridges.enter_context(Tap(theirs.port))
+    bridge = start(bridges, running, ZIGBEE, tap.port)
+    tap.freeze(to_client=False)  # no PUBACK comes through
+    for _ in range(3):
+        send(theirs, "zigbee2mqtt/button", '{"action":"single"}')
+    running.database.wait_count("events", 3)
+    if is_killed:
+        bridge.kill()
+    tap.cut()
+    tap.thaw()
+    if is_killed:
+        bridge.start()
+    wait_until(lambda: len(pubacked_ids(tap)) == 3, "three PUBACKs")
+    send(theirs, "zigbee2mqtt/button", '{"action":"double"}')
+    running.database.wait_count("events", 4)
+    assert bridge.stop() == 0
+    assert "delivered again 3" in bridge.log()
+
+
 @pytest.mark.faults
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize("timed", [False, True], ids=["without a time", "with a time"])
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize(
+    ("fault", "timed"),
+    [*((fault, False) for fault in FAULTS), ("bridge", True), ("their broker", True)],
+)
 def test_what_was_pubacked_is_stored_once_through(
     running: Pipeline, theirs: Mosquitto, bridges: ExitStack, fault: str, timed: bool
 ) -> None:

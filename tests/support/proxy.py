@@ -203,8 +203,10 @@ class Proxy:
     def _on_ready(self, connection: Connection, sock: socket.socket) -> Callable[[int], None]:
         def act(ready: int) -> None:
             for flow in connection.flows():
-                if connection not in self._connections or flow.direction in self._frozen:
+                if connection not in self._connections:
                     return
+                if flow.direction in self._frozen:
+                    continue  # the other one still flows
                 try:
                     if flow.sink is sock and ready & selectors.EVENT_WRITE and flow.buffer:
                         self._write(flow)
