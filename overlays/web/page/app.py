@@ -17,7 +17,7 @@ from typing import Any
 from urllib.parse import urlencode
 
 from flask import Flask, Response, jsonify, render_template, request, send_from_directory
-from werkzeug.exceptions import BadRequest, HTTPException
+from werkzeug.exceptions import BadRequest, HTTPException, SecurityError
 
 from page import health, letters, readings, text
 from page.database import Database, Unavailable
@@ -266,6 +266,12 @@ def _add_errors(app: Flask) -> None:
     @app.errorhandler(Unavailable)
     def unavailable(error: Unavailable) -> tuple[Response | str, int]:
         return _problem(str(error), 503)
+
+    @app.errorhandler(SecurityError)
+    def refused_host(error: SecurityError) -> tuple[str, int, dict[str, str]]:
+        # Not a page: without a host there are no addresses to put into one.
+        message = "This page does not answer to this host name; WEB_HOSTS says to which.\n"
+        return message, 400, {"Content-Type": "text/plain"}
 
     @app.errorhandler(HTTPException)
     def refused(error: HTTPException) -> tuple[Response | str, int]:
