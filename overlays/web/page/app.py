@@ -20,7 +20,7 @@ from flask import Flask, Response, jsonify, render_template, request, send_from_
 from werkzeug.exceptions import BadRequest, HTTPException, SecurityError
 
 from page import health, letters, readings, text
-from page.database import Database, Unavailable
+from page.database import Database, TooSlow, Unavailable
 from page.period import RANGES, BadPeriod, Period, read_period
 
 # What is shown at once; the search finds the others.
@@ -113,7 +113,8 @@ def _add_pages(app: Flask, database: Database) -> None:
         ]
         if request.args.get("sort") == "heard":
             found.sort(key=lambda device: device.last_seen_at, reverse=True)
-        start = max(0, request.args.get("start", 0, int))
+        last_page = max(0, len(found) - 1) // DEVICES_A_PAGE * DEVICES_A_PAGE
+        start = min(max(0, request.args.get("start", 0, int)), last_page)
         return render_template(
             "devices.html",
             shown=found[start : start + DEVICES_A_PAGE],
@@ -265,7 +266,13 @@ def _iso(seconds: float) -> str:
 def _add_errors(app: Flask) -> None:
     @app.errorhandler(Unavailable)
     def unavailable(error: Unavailable) -> tuple[Response | str, int]:
-        return _problem(str(error), 503)
+        # The script waits longer after a 504, which has cost the database something.
+        return _problem(str(error), 504 if isinstance(error, TooSlow) else 503)
+
+    @app.errorhandler(SecurityError)
+    def host_refused(_: SecurityError) -> Response:
+        # For a host that it does not trust Flask makes no addresses, and so no page.
+        return Response("This page has another host name.\n", 400, mimetype="text/plain")
 
     @app.errorhandler(SecurityError)
     def refused_host(error: SecurityError) -> tuple[str, int, dict[str, str]]:
@@ -283,7 +290,8 @@ def _add_errors(app: Flask) -> None:
         response.headers["X-Content-Type-Options"] = "nosniff"
         response.headers["Referrer-Policy"] = "no-referrer"
         response.headers["Cross-Origin-Resource-Policy"] = "same-origin"
-        if request.endpoint not in ("static", "chart_library"):
+        is_static = request.endpoint in ("static", "chart_library")
+        if not is_static or response.status_code >= 400:
             response.headers["Cache-Control"] = "no-store"
         return response
 

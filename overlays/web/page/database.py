@@ -41,6 +41,10 @@ class Unavailable(Exception):
     """The database cannot answer; the text says why, for whoever looks at the page."""
 
 
+class TooSlow(Unavailable):
+    """It would take longer than STATEMENT_SECONDS: the database works, and worked in vain."""
+
+
 class DeadlinePassed(Exception):
     """The database has said nothing for as long as we wait."""
 
@@ -126,7 +130,7 @@ class Database:
                 cursor.execute(sql, parameters)
                 return list(cursor.fetchall())
         except psycopg2.extensions.QueryCanceledError:
-            raise Unavailable(
+            raise TooSlow(
                 f"This takes the database longer than {STATEMENT_SECONDS} s. "
                 "A shorter period may do."
             ) from None

@@ -188,7 +188,7 @@ def chart(database: Database, names: Sequence[str], event_type: str, period: Per
     else:
         step = step_seconds(period, share // 3)
         lines = [line for chosen in parameters for line in _means(database, step, chosen)]
-    states = {}
+    states: dict[str, Sequence[State]] = {}
     truncated = []
     for chosen in parameters:
         changes = _changes(database, share, chosen)

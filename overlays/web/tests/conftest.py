@@ -11,14 +11,17 @@ import contextlib
 from collections.abc import Callable, Iterator
 
 import pytest
-from playwright.sync_api import Browser, Playwright, sync_playwright
-
+from playwright.sync_api import Browser, Playwright, expect, sync_playwright
 from support_page import PASSWORD, Page, Tab
+
 from tests.support.pipeline import Database, Pipeline
 from tools.stack import Stack
 
 # Servers, a database and an ingester for each test.
 pytest_plugins = ["tests.conftest"]
+
+# A view asks again after 5 s, and later where answers take long, as on a busy machine.
+expect.set_options(timeout=45_000)
 
 OpenTab = Callable[..., Tab]
 
@@ -44,7 +47,7 @@ def browser(playwright: Playwright) -> Iterator[Browser]:
 @pytest.fixture
 def page(servers: Stack, database: Database) -> Iterator[Page]:
     """The page over the test's own database, which is empty, and ready."""
-    servers.postgres.psql(f"ALTER ROLE reader LOGIN PASSWORD '{PASSWORD}'")
+    database.postgres.apply_schema(database.name, reader_password=PASSWORD)
     page = Page(servers.folder, database)
     with contextlib.ExitStack() as cleanup:
         cleanup.callback(page.stop)

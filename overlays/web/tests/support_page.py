@@ -4,13 +4,13 @@ What it does: starts `python -m page` with the environment that its overlay give
 what a tab complains of. What it does not: know what a view ought to show.
 """
 
-import http.client
 import json
 import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime, timedelta
+from email.message import Message
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode, urlsplit
@@ -28,7 +28,7 @@ WEB = CHECKOUT / "overlays/web"
 class Answer:
     """What the page answered to one request."""
 
-    def __init__(self, status: int, headers: http.client.HTTPMessage, body: bytes) -> None:
+    def __init__(self, status: int, headers: Message, body: bytes) -> None:
         self.status = status
         self.headers = headers
         self.text = body.decode()
@@ -155,9 +155,7 @@ def insert(database: Database, events: Iterable[dict[str, Any]]) -> None:
     connection = database.connect()
     try:
         with connection, connection.cursor() as cursor:
-            cursor.executemany(
-                f"INSERT INTO events ({columns}, schema) VALUES ({places}, 1)", rows
-            )
+            cursor.executemany(f"INSERT INTO events ({columns}, schema) VALUES ({places}, 1)", rows)
     finally:
         connection.close()
 

@@ -8,7 +8,6 @@ import unicodedata
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-
 from page.text import INVISIBLE, decimals_of, number, visible, visible_bytes
 
 finite = st.floats(allow_nan=False, allow_infinity=False)
@@ -47,7 +46,7 @@ def test_any_bytes_are_visible_text(payload: bytes) -> None:
 
 
 def test_bytes_that_are_no_text_are_named_and_the_others_read() -> None:
-    assert visible_bytes("{\"a\": \"ü\"}\xff".encode("latin-1")) == '{"a": "\\xfc"}\\xff'
+    assert visible_bytes('{"a": "ü"}\xff'.encode("latin-1")) == '{"a": "\\xfc"}\\xff'
     assert visible_bytes(memoryview("温\0".encode())) == "温\\x00"
 
 
@@ -84,7 +83,11 @@ def test_what_is_written_is_the_number_as_far_as_32_bits_tell(value: float) -> N
         assert math.isclose(written, value, rel_tol=1e-5, abs_tol=0)
 
 
-@given(st.floats(width=32, allow_nan=False, allow_infinity=False, min_value=2.0**-16, max_value=2.0**29))
+@given(
+    st.floats(
+        width=32, allow_nan=False, allow_infinity=False, min_value=2.0**-16, max_value=2.0**29
+    )
+)
 def test_a_number_of_32_bits_is_read_back_as_the_same_32_bits(value: float) -> None:
     (again,) = struct.unpack("f", struct.pack("f", float(number(value))))
     assert again == value

@@ -157,6 +157,7 @@ class Chart {
       if (!(error instanceof Problem)) throw error;
       this.isDue = true;
       if (asked === location.search) this.say(error.message);
+      if (!error.hasCost) return 0;
     }
     return performance.now() - started;
   }
@@ -497,7 +498,7 @@ function periodChanged() {
   refresh(); // its links and buttons are the server's
 }
 
-// A step of a year is half a day; to look every five seconds whether it changed is of no use.
+// A step of a year is a day; to look every five seconds whether it changed is of no use.
 function pauseMs() {
   const steps = [...charts.values()].map(({ data }) => data?.step_seconds ?? 0);
   return Math.max(REFRESH_MS, 100 * Math.max(0, ...steps));

@@ -22,6 +22,7 @@ function panel(id, address, pauseMs, make) {
     } catch (error) {
       if (!(error instanceof Problem)) throw error;
       place.replaceChildren(element("p", error.message, "warning"));
+      if (!error.hasCost) return 0;
     }
     return performance.now() - started;
   };

@@ -57,13 +57,20 @@ function showTimes(root) {
 
 // --- up to date ----------------------------------------------------------------------
 
-export class Problem extends Error {}
+export class Problem extends Error {
+  constructor(text, status) {
+    super(text);
+    // Else the database is away, and asking again soon costs it nothing.
+    this.hasCost = status === 504;
+  }
+}
 
 // What an address answers, as JSON; throws Problem, with a text for people.
 export async function getJson(address) {
   const response = await answer(address);
   const body = await response.json().catch(() => ({}));
-  if (!response.ok) throw new Problem(body.problem ?? `${address}: ${response.status}`);
+  const { ok, status } = response;
+  if (!ok) throw new Problem(body.problem ?? `${address}: ${status}`, status);
   return body;
 }
 
@@ -116,7 +123,8 @@ function become(element, wanted) {
 }
 
 function keyOf(node) {
-  return node.dataset?.key ?? (node.id || undefined);
+  // Not node.id: of a form with a field named so that is the field.
+  return node.dataset?.key ?? node.getAttribute?.("id") ?? undefined;
 }
 
 let refreshing = null;
@@ -141,7 +149,7 @@ async function refreshOnce() {
     const wanted = new DOMParser().parseFromString(await response.text(), "text/html");
     if (address !== location.href) return performance.now() - started;
     const problem = wanted.getElementById("problem");
-    if (problem) throw new Problem(problem.textContent);
+    if (problem) throw new Problem(problem.textContent, response.status);
     // A view that began with trouble has no scripts of its own yet.
     if (document.getElementById("problem")) location.reload();
     showTrouble("");
@@ -155,6 +163,7 @@ async function refreshOnce() {
     const own = document.getElementById("problem");
     if (own) own.textContent = error.message;
     else showTrouble(error.message);
+    if (!error.hasCost) return 0;
   }
   return performance.now() - started;
 }
