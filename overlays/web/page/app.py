@@ -270,11 +270,6 @@ def _add_errors(app: Flask) -> None:
         return _problem(str(error), 504 if isinstance(error, TooSlow) else 503)
 
     @app.errorhandler(SecurityError)
-    def host_refused(_: SecurityError) -> Response:
-        # For a host that it does not trust Flask makes no addresses, and so no page.
-        return Response("This page has another host name.\n", 400, mimetype="text/plain")
-
-    @app.errorhandler(SecurityError)
     def refused_host(error: SecurityError) -> tuple[str, int, dict[str, str]]:
         # Not a page: without a host there are no addresses to put into one.
         message = "This page does not answer to this host name; WEB_HOSTS says to which.\n"

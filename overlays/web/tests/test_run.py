@@ -68,8 +68,7 @@ def test_it_shows_what_is_stored_and_ends_by_ctrl_c(
         shell = {}
     port = free_port()
     with Terminal("overlays/web/run", checkout, variables(database, port, **shell)) as terminal:
-        terminal.wait_for(f"127.0.0.1:{port}")
-        wait_until(lambda: port_answers(port), "the page to answer")
+        terminal.wait_for(f"http://127.0.0.1:{port}")
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=30) as answer:
             assert b'<tr data-key="cellar"' in answer.read()
         terminal.press(CTRL_C)
@@ -83,12 +82,8 @@ def test_it_ends_by_sigterm(checkout: Path, servers: Stack, database: Database) 
     process = subprocess.Popen(
         [checkout / "overlays/web/run"],
         env=variables(database, port, READER_PASSWORD=PASSWORD),
-        stdout=subprocess.PIPE,
-        text=True,
     )
     try:
-        assert process.stdout
-        assert f"127.0.0.1:{port}" in process.stdout.readline()
         wait_until(lambda: port_answers(port), "the page to answer")
         os.kill(process.pid, signal.SIGTERM)
         assert process.wait(10) == 0
