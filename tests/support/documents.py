@@ -45,6 +45,8 @@ _PIP_COMPILE = (
 )
 _COMPOSE = "docker compose -f docker-compose.yml"
 _WEB = "overlays/web/tests types it"
+_GRAFANA = "needs Grafana's image; test_grafana.py has Compose read the files"
+_WITH_GRAFANA = f"{_COMPOSE} -f overlays/grafana/docker-compose.yml"
 _SUDO = "becomes root, and changes files of the machine"
 NOT_TYPED = {
     "tools/stack up": _STACK,
@@ -124,6 +126,11 @@ NOT_TYPED = {
     f"{_COMPOSE} -f overlays/secure/docker-compose.yml -f overlays/web/docker-compose.yml"
     " -f overlays/web/secure.yml up -d --build --wait": _WEB,
     "overlays/web/run": _WEB,
+    f"{_WITH_GRAFANA} up -d --wait": _GRAFANA,
+    f"{_WITH_GRAFANA} exec grafana cat /telemetry/admin_password": _GRAFANA,
+    f"{_WITH_GRAFANA} exec grafana grafana cli admin reset-admin-password NEW": _GRAFANA,
+    f"{_COMPOSE} -f overlays/secure/docker-compose.yml -f overlays/grafana/docker-compose.yml"
+    " -f overlays/grafana/secure.yml up -d --wait": _GRAFANA,
     "git worktree add ../before COMMIT": "needs a clone with its history",
 }
 
