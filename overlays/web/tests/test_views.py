@@ -265,7 +265,8 @@ def test_nothing_is_wider_than_a_phone(page: Page, open_tab: OpenTab) -> None:
         page.database,
         readings(long, [1e300, -1e-300], 60, ago(hours=1), event_type=long, unit="u" * 50),
     )
-    insert(page.database, [{"event_id": f"{long}-0123abcd-1-9", "device_id": long}])
+    missing = {"event_id": f"{long}-0123abcd-1-9", "device_id": long}
+    insert(page.database, [missing | {"ts_device": ago(seconds=20), "value_text": "x" * 300}])
     page.database.query(
         "INSERT INTO dead_letters (received_at, last_received_at, reason, error, topic, device_id,"
         " payload) VALUES (now(), now(), 'not_json', repeat('e', 300), repeat('t', 300), %s, %s)",

@@ -207,15 +207,19 @@ function sparkline(means) {
   const range = Math.max(...values) - least || 1;
   const y = (mean) => (15 - (14 * (mean - least)) / range).toFixed(2);
   let path = "";
+  let alone = "";
   means.forEach((mean, place) => {
     if (mean === null) return;
-    const follows = place > 0 && means[place - 1] !== null;
-    // A step beside which there is nothing: a line without length, which is drawn as a dot.
-    path += follows ? `L${place + 0.5} ${y(mean)}` : `M${place + 0.5} ${y(mean)}h0`;
+    const [before, after] = [means[place - 1] ?? null, means[place + 1] ?? null];
+    const point = `${place + 0.5} ${y(mean)}`;
+    // A line without length is drawn as a dot.
+    if (before === null && after === null) alone += `M${point}h0`;
+    else path += before === null ? `M${point}` : `L${point}`;
   });
   const drawing = svg("svg", { viewBox: `0 0 ${means.length} 16`, preserveAspectRatio: "none" });
   drawing.setAttribute("aria-hidden", "true");
-  drawing.append(svg("path", { d: path }));
+  if (path) drawing.append(svg("path", { d: path }));
+  if (alone) drawing.append(svg("path", { d: alone, class: "alone" }));
   return drawing;
 }
 
