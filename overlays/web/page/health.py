@@ -4,10 +4,11 @@ What it does: asks the views. What it does not: know HTTP or HTML, or tell wheth
 runs: an ingester without events looks the same.
 """
 
+from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
-from page.database import Database
+from page.database import Database, Row
 from page.text import visible
 
 RATE_HOURS = 6
@@ -18,6 +19,13 @@ def newest(database: Database) -> datetime | None:
     """Return when the newest row was stored; None if there is none. Raises Unavailable."""
     rows = database.rows("SELECT ts_server FROM events ORDER BY ts_server DESC LIMIT 1")
     return rows[0]["ts_server"] if rows else None
+
+
+def silent(database: Database) -> Sequence[Row]:
+    """Return the `id` of each silent device and its `last_seen_at`. Raises Unavailable."""
+    return database.rows(
+        "SELECT device_id AS id, last_seen_at FROM silent_devices ORDER BY device_id"
+    )
 
 
 def events_per_minute(database: Database, now: datetime) -> dict[str, Any]:

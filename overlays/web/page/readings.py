@@ -102,6 +102,12 @@ def devices(database: Database, names: Sequence[str] | None = None) -> list[Devi
     ]
 
 
+def device_ids(database: Database) -> list[str]:
+    """Return the ids of all devices, in order. Raises Unavailable."""
+    rows = database.rows("SELECT DISTINCT device_id FROM event_types_heard")
+    return sorted(row["device_id"] for row in rows)
+
+
 def _reading(row: Row) -> Reading:
     if row["value_num"] is not None:
         value = number(row["value_num"])
