@@ -37,8 +37,7 @@ def events_per_minute(database: Database, now: datetime) -> dict[str, Any]:
     since = until - timedelta(hours=RATE_HOURS)
     rows = database.rows(
         """
-        SELECT extract(epoch FROM date_trunc('minute', ts_server))::float8 AS minute,
-            count(*) AS events
+        SELECT date_bin('1 minute', ts_server, %(since)s) AS minute, count(*) AS events
         FROM events
         WHERE ts_server >= %(since)s AND ts_server < %(until)s
         GROUP BY 1
@@ -46,7 +45,7 @@ def events_per_minute(database: Database, now: datetime) -> dict[str, Any]:
         since=since,
         until=until,
     )
-    counts = {row["minute"]: row["events"] for row in rows}
+    counts = {row["minute"].timestamp(): row["events"] for row in rows}
     minutes = [since.timestamp() + 60.0 * minute for minute in range(RATE_HOURS * 60)]
     return {"at": minutes, "events": [counts.get(minute, 0) for minute in minutes]}
 

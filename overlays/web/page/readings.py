@@ -302,7 +302,7 @@ def _lines(parameters: Row, rows: Iterable[Row]) -> list[Line]:
     return [Line(parameters["device"], unit, points[unit]) for unit in sorted(points)]
 
 
-def _changes(database: Database, most: int, parameters: Row) -> list[State]:
+def _changes(database: Database, most: int, parameters: Row) -> Sequence[State]:
     """The texts of a period where they differ from the one before.
 
     If there are more than `most`, the last of them and one more.
