@@ -133,15 +133,13 @@ def _add_pages(app: Flask, database: Database) -> None:
         names = _names("id", readings.DEVICES_MAX)
         period = _period()
         ids = [("id", name) for name in names]
-        every = readings.devices(database)
-        shown = [device for device in every if device.id in names]
+        shown = readings.devices(database, names)
         shown.sort(key=lambda device: names.index(device.id))
         return render_template(
             "device.html",
             names=names,
             shown=shown,
             types=sorted({reading.type for device in shown for reading in device.readings}),
-            others=[device.id for device in every if device.id not in names],
             may_add=len(names) < readings.DEVICES_MAX,
             period=period,
             ranges={name: _address("/device", [*ids, ("range", name)]) for name in RANGES},
@@ -168,7 +166,7 @@ def _add_pages(app: Flask, database: Database) -> None:
             "health.html",
             newest=health.newest(database),
             rate_hours=health.RATE_HOURS,
-            silent=[device for device in readings.devices(database) if device.is_silent],
+            silent=health.silent(database),
         )
 
 
@@ -185,6 +183,10 @@ def _period_pairs(period: Period) -> list[tuple[str, str]]:
 
 
 def _add_data(app: Flask, database: Database) -> None:
+    @app.get("/devices.json")
+    def device_ids() -> Response:
+        return jsonify(readings.device_ids(database))
+
     @app.get("/sparklines.json")
     def sparklines() -> Response:
         names = _names("id", readings.SPARKLINE_DEVICES_MAX)

@@ -4,10 +4,11 @@ What it does: asks the views. What it does not: know HTTP or HTML, or tell wheth
 runs: an ingester without events looks the same.
 """
 
+from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
-from page.database import Database
+from page.database import Database, Row
 from page.text import visible
 
 RATE_HOURS = 6
@@ -20,6 +21,13 @@ def newest(database: Database) -> datetime | None:
     return rows[0]["ts_server"] if rows else None
 
 
+def silent(database: Database) -> Sequence[Row]:
+    """Return the `id` of each silent device and its `last_seen_at`. Raises Unavailable."""
+    return database.rows(
+        "SELECT device_id AS id, last_seen_at FROM silent_devices ORDER BY device_id"
+    )
+
+
 def events_per_minute(database: Database, now: datetime) -> dict[str, Any]:
     """Return each whole minute of the last RATE_HOURS, and how many events came in.
 
@@ -29,8 +37,7 @@ def events_per_minute(database: Database, now: datetime) -> dict[str, Any]:
     since = until - timedelta(hours=RATE_HOURS)
     rows = database.rows(
         """
-        SELECT extract(epoch FROM date_trunc('minute', ts_server))::float8 AS minute,
-            count(*) AS events
+        SELECT date_bin('1 minute', ts_server, %(since)s) AS minute, count(*) AS events
         FROM events
         WHERE ts_server >= %(since)s AND ts_server < %(until)s
         GROUP BY 1
@@ -38,7 +45,7 @@ def events_per_minute(database: Database, now: datetime) -> dict[str, Any]:
         since=since,
         until=until,
     )
-    counts = {row["minute"]: row["events"] for row in rows}
+    counts = {row["minute"].timestamp(): row["events"] for row in rows}
     minutes = [since.timestamp() + 60.0 * minute for minute in range(RATE_HOURS * 60)]
     return {"at": minutes, "events": [counts.get(minute, 0) for minute in minutes]}
 

@@ -72,16 +72,23 @@ class Device:
     usual_pause_seconds: float | None
 
 
-def devices(database: Database) -> list[Device]:
-    """Return all devices, by name. Raises Unavailable."""
+def devices(database: Database, names: Sequence[str] | None = None) -> list[Device]:
+    """Return the devices that are named, or all, by name. Raises Unavailable."""
+    wanted = "" if names is None else "WHERE device_id = ANY(%(names)s)"
     latest: dict[str, list[Reading]] = {}
     for row in database.rows(
-        "SELECT device_id, event_type, value_num, value_text, unit, ts_server FROM latest_values"
+        f"""
+        SELECT device_id, event_type, value_num, value_text, unit, ts_server
+        FROM latest_values {wanted}
+        """,
+        names=names,
     ):
         latest.setdefault(row["device_id"], []).append(_reading(row))
     silent = {
         row["device_id"]: row["usual_pause"]
-        for row in database.rows("SELECT device_id, usual_pause FROM silent_devices")
+        for row in database.rows(
+            f"SELECT device_id, usual_pause FROM silent_devices {wanted}", names=names
+        )
     }
     return [
         Device(
@@ -93,6 +100,12 @@ def devices(database: Database) -> list[Device]:
         )
         for name in sorted(latest)
     ]
+
+
+def device_ids(database: Database) -> list[str]:
+    """Return the ids of all devices, in order. Raises Unavailable."""
+    rows = database.rows("SELECT DISTINCT device_id FROM event_types_heard")
+    return sorted(row["device_id"] for row in rows)
 
 
 def _reading(row: Row) -> Reading:
@@ -259,10 +272,12 @@ def _readings(database: Database, parameters: Row) -> list[Line]:
 def _means(database: Database, step: int, parameters: Row) -> tuple[list[Line], int]:
     """The lines, and how many texts there are besides."""
     # A mean overflows with a value of 1e200, say, and one silly reading must not take the others
-    # away; where all of a step are such, its middle stands for them. Ordered here, as the database
-    # would sort what it reads, and not what it finds.
+    # away; where all of a step are such, its middle stands for them.
+    # The database takes the steps for about as many as the readings, and would sort these, on the
+    # disk if there are millions. So the few that it finds are sorted here.
     rows = database.rows(
         f"""
+        SET LOCAL enable_sort = off;
         SELECT unit, floor({SECONDS} / %(step)s) * %(step)s + %(step)s / 2.0::float8 AS at,
             coalesce(
                 avg(value_num) FILTER (WHERE abs(value_num) < 1e100),
@@ -287,7 +302,7 @@ def _lines(parameters: Row, rows: Iterable[Row]) -> list[Line]:
     return [Line(parameters["device"], unit, points[unit]) for unit in sorted(points)]
 
 
-def _changes(database: Database, most: int, parameters: Row) -> list[State]:
+def _changes(database: Database, most: int, parameters: Row) -> Sequence[State]:
     """The texts of a period where they differ from the one before.
 
     If there are more than `most`, the last of them and one more.

@@ -27,6 +27,7 @@ POLICY = (
 POINTS_MAX = 2_000
 VIEWS = ("/", "/device?id=device-1", "/deadletters", "/health")
 DATA = (
+    "/devices.json",
     "/chart.json?id=device-1&type=temperature",
     "/chart.csv?id=device-1&type=temperature",
     "/sparklines.json?id=device-1",

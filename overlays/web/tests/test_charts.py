@@ -183,7 +183,15 @@ def test_two_devices_are_compared_and_one_is_taken_away_again(
 ) -> None:
     del seeded
     browser = open_tab("/device?id=device-1&range=1h").page
-    browser.get_by_label("beside").fill("device-2")
+    beside = browser.get_by_label("beside")
+    options = browser.locator("#others option")
+    expect(options).to_have_count(0)  # asked for when they are of use
+    beside.focus()
+    expect(options).not_to_have_count(0)
+    names = [option.get_attribute("value") for option in options.all()]
+    assert "device-2" in names
+    assert "device-1" not in names
+    beside.fill("device-2")
     browser.get_by_role("button", name="Compare").click()
     expect(browser.locator("h1 .chosen")).to_have_count(2)
     expect(browser.locator("figcaption")).to_have_text("3 readings")

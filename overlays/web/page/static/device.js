@@ -532,6 +532,19 @@ document.addEventListener("submit", (event) => {
   }
 });
 
+// The names of the other devices, of which there may be a thousand, only when they are of use.
+document.addEventListener("focusin", async ({ target }) => {
+  const names = target.matches("form.compare input") ? target.list : null;
+  if (!names || names.options.length) return;
+  try {
+    const shown = parameters().getAll("id");
+    const others = (await getJson("/devices.json")).filter((id) => !shown.includes(id));
+    names.replaceChildren(...others.map((id) => Object.assign(new Option(), { value: id })));
+  } catch (error) {
+    if (!(error instanceof Problem)) throw error; // the next refresh says what is wrong
+  }
+});
+
 document.addEventListener("input", ({ target }) => {
   if (target.form?.matches("form.own")) target.form.elements.to.setCustomValidity("");
 });
