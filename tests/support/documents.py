@@ -128,7 +128,8 @@ NOT_TYPED = {
     "overlays/web/run": _WEB,
     f"{_WITH_GRAFANA} up -d --wait": _GRAFANA,
     f"{_WITH_GRAFANA} exec grafana cat /telemetry/admin_password": _GRAFANA,
-    f"{_WITH_GRAFANA} exec grafana grafana cli admin reset-admin-password NEW": _GRAFANA,
+    f"{_WITH_GRAFANA} exec grafana grafana cli admin reset-admin-password"
+    " --password-from-stdin": _GRAFANA,
     f"{_COMPOSE} -f overlays/secure/docker-compose.yml -f overlays/grafana/docker-compose.yml"
     " -f overlays/grafana/secure.yml up -d --wait": _GRAFANA,
     "git worktree add ../before COMMIT": "needs a clone with its history",
