@@ -230,7 +230,7 @@ def chart(database: Database, names: Sequence[str], event_type: str, period: Per
     states: dict[str, Sequence[State]] = {}
     truncated = []
     for chosen in parameters:
-        changes = _changes(database, share, chosen) if has_texts else []
+        changes: Sequence[State] = _changes(database, share, chosen) if has_texts else []
         if len(changes) > share:
             changes = changes[1:]
             truncated.append(str(chosen["device"]))

@@ -14,14 +14,14 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from playwright.sync_api import expect, sync_playwright
+from playwright.sync_api import ViewportSize, expect, sync_playwright
 from support_page import PASSWORD, WEB, Page, Tab, ago, insert, readings
 
 from tests.support.pipeline import Database
 from tools.stack import Stack
 
-SIZE = {"width": 1200, "height": 640}
-CHARTS_SIZE = {"width": 1200, "height": 790}
+SIZE = ViewportSize(width=1200, height=640)
+CHARTS_SIZE = ViewportSize(width=1200, height=790)
 PICTURES = WEB / "pictures"
 MINUTE = 60.0
 WEEK_MINUTES = 7 * 24 * 60
