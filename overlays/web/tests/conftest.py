@@ -44,10 +44,17 @@ def browser(playwright: Playwright) -> Iterator[Browser]:
     browser.close()
 
 
+@pytest.fixture(scope="session")
+def servers_with_reader(servers: Stack) -> Stack:
+    """The servers, where `reader` can log in, into each database."""
+    servers.postgres.apply_schema(reader_password=PASSWORD)
+    return servers
+
+
 @pytest.fixture
-def page(servers: Stack, database: Database) -> Iterator[Page]:
+def page(servers_with_reader: Stack, database: Database) -> Iterator[Page]:
     """The page over the test's own database, which is empty, and ready."""
-    database.postgres.apply_schema(database.name, reader_password=PASSWORD)
+    servers = servers_with_reader
     page = Page(servers.folder, database)
     with contextlib.ExitStack() as cleanup:
         cleanup.callback(page.stop)

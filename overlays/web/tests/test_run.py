@@ -13,7 +13,6 @@ from support_page import PASSWORD, WEB, insert
 from tests.support.pipeline import Database, wait_until
 from tests.support.terminal import CTRL_C, Terminal
 from tools.process import clean_environment, free_port
-from tools.stack import Stack
 
 
 @pytest.fixture
@@ -53,11 +52,11 @@ def test_without_a_password_it_says_which_setting_is_missing(checkout: Path) -> 
     assert done.stdout == ""
 
 
+@pytest.mark.usefixtures("servers_with_reader")
 @pytest.mark.parametrize("given", ["in the shell", "in .env"])
 def test_it_shows_what_is_stored_and_ends_by_ctrl_c(
-    checkout: Path, servers: Stack, database: Database, given: str
+    checkout: Path, database: Database, given: str
 ) -> None:
-    servers.postgres.apply_schema(database.name, reader_password=PASSWORD)
     insert(database, [{"device_id": "cellar", "value_num": 21.5}])
     shell = {"READER_PASSWORD": PASSWORD}
     if given == "in .env":
@@ -76,8 +75,8 @@ def test_it_shows_what_is_stored_and_ends_by_ctrl_c(
     assert "Traceback" not in terminal.output, terminal
 
 
-def test_it_ends_by_sigterm(checkout: Path, servers: Stack, database: Database) -> None:
-    servers.postgres.apply_schema(database.name, reader_password=PASSWORD)
+@pytest.mark.usefixtures("servers_with_reader")
+def test_it_ends_by_sigterm(checkout: Path, database: Database) -> None:
     port = free_port()
     process = subprocess.Popen(
         [checkout / "overlays/web/run"],
