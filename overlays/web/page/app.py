@@ -166,6 +166,7 @@ def _add_pages(app: Flask, database: Database) -> None:
             "health.html",
             newest=health.newest(database),
             rate_hours=health.RATE_HOURS,
+            missing_days=health.MISSING_DAYS,
             silent=health.silent(database),
         )
 

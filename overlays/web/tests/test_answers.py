@@ -201,6 +201,47 @@ def test_a_gap_stays_a_gap(page: Page, count: int) -> None:
     assert line["at"][place + 1] - line["at"][place - 1] > 86_000 / 6 - 600
 
 
+@pytest.mark.parametrize("copies", [1, 60])
+def test_an_event_is_where_event_time_says_whatever_the_two_clocks_say(
+    page: Page, copies: int
+) -> None:
+    since, until = ago(days=9), ago(days=6)
+    offsets = ("-3 days", "-61 min", "-59 min", "-1 s", "0", "1 s", "1 day", "59 min", "61 min")
+    servers = [f"TIMESTAMPTZ '{start}' + INTERVAL '{by}'" for start in (since, until)
+               for by in offsets]  # fmt: skip
+    devices = ["NULL", "'1970-01-01 00:00:07Z'", *servers]
+    page.database.query(
+        f"""
+        INSERT INTO events
+            (event_id, device_id, schema, event_type, value_num, ts_server, ts_device)
+        SELECT row_number() OVER (), 'odd', 1, 't', row_number() OVER (), ts_server, ts_device
+        FROM unnest(ARRAY[{", ".join(servers)}]) AS ts_server
+        CROSS JOIN unnest(ARRAY[{", ".join(devices)}]::timestamptz[]) AS ts_device
+        CROSS JOIN generate_series(1, {copies})
+        """
+    )
+    chart = page.chart("odd", "t", **{"from": since.isoformat(), "to": until.isoformat()})
+    step = chart["step_seconds"]
+    assert (step > 0) == (copies > 1)
+    (line,) = lines(chart)
+    found = [point for point in zip(line["at"], line["mean"], strict=True) if point[1] is not None]
+    place = f"floor(at / {step}) * {step} + {step} / 2.0" if step else "at"
+    wanted = page.database.query(
+        f"""
+        SELECT ({place})::float8, avg(value_num)
+        FROM (
+            SELECT extract(epoch FROM event_time(ts_device, ts_server)) AS at, value_num, event_id
+            FROM events
+            WHERE event_time(ts_device, ts_server) >= '{since}'
+                AND event_time(ts_device, ts_server) < '{until}'
+        ) AS in_period
+        GROUP BY 1 {"" if step else ", event_id"}
+        """
+    )
+    assert len(wanted) >= (5 if step else 20)
+    assert sorted(found) == sorted(wanted)
+
+
 def test_texts_are_states_and_what_held_before_is_the_first(page: Page) -> None:
     said = ["closed", "open", "open", "closed", "closed", "open"]
     rows = readings("device-1", said, 3_600, ago(minutes=30), event_type="door")
@@ -212,6 +253,12 @@ def test_texts_are_states_and_what_held_before_is_the_first(page: Page) -> None:
     assert not states["truncated"]
     (states,) = page.chart("device-1", "door", range="1h")["states"]
     assert states["text"] == ["closed", "open"]
+
+
+def test_a_text_long_before_numbers_is_no_state(page: Page) -> None:
+    said = ["error", *[20.0] * 60]
+    insert(page.database, readings("device-1", said, 600, ago(minutes=5)))
+    assert page.chart("device-1", "temperature", range="1h")["states"] == []
 
 
 def test_of_too_many_states_the_last_are_shown_and_it_is_said(page: Page) -> None:

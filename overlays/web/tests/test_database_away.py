@@ -128,20 +128,20 @@ def test_sessions_that_the_server_ends_are_not_noticed(page: Page) -> None:
 def test_what_takes_too_long_costs_its_own_panel_alone(page: Page, open_tab: OpenTab) -> None:
     insert(page.database, readings("device-1", [20.0], 60, ago(minutes=3)))
     # A view of somebody's own that never ends, in the place of ours.
-    page.database.query("ALTER VIEW missing_events RENAME TO missing_events_as_it_was")
+    page.database.query("ALTER VIEW ingest_latency RENAME TO ingest_latency_as_it_was")
     page.database.query(
-        "CREATE VIEW missing_events AS SELECT 'd' AS device_id, 1 AS boot, 1 AS first_sequence,"
-        " 1 AS last_sequence FROM pg_sleep(100)"
+        "CREATE VIEW ingest_latency AS SELECT as_it_was.* FROM pg_sleep(100)"
+        " LEFT JOIN ingest_latency_as_it_was AS as_it_was ON TRUE"
     )
-    page.database.query("GRANT SELECT ON missing_events TO reader")
+    page.database.query("GRANT SELECT ON ingest_latency TO reader")
     tab = open_expecting(open_tab, "/health")
     expect(tab.page.locator("#rate")).to_contain_text("1 in all")
-    expect(tab.page.locator("#missing")).to_have_text("loading")
+    expect(tab.page.locator("#latency")).to_have_text("loading")
     # While that one hangs the others answer.
-    for path in ("/", "/device?id=device-1", "/deadletters", "/latency.json"):
+    for path in ("/", "/device?id=device-1", "/deadletters", "/missing.json"):
         assert page.get(path).status == 200
-    missing = tab.page.locator("#missing .warning")
-    expect(missing).to_contain_text("longer than 10 s", timeout=NOTICED_MS)
+    latency = tab.page.locator("#latency .warning")
+    expect(latency).to_contain_text("longer than 10 s", timeout=NOTICED_MS)
     expect(tab.page.locator("#trouble")).to_be_hidden()
     expect(tab.page.locator("#newest time")).to_be_visible()
 
