@@ -36,6 +36,9 @@ _worker, _workers = (os.environ.get(f"PYTEST_XDIST_{name}") for name in ("WORKER
 if _worker and _workers:
     process.PORTS = process.PORTS[int(_worker.removeprefix("gw")) :: int(_workers)]
 
+# The data ends with the run. What a killed server has written, the kernel keeps all the same.
+THROWN_AWAY = {"fsync": "off"}
+
 _number = itertools.count()
 _findings: list[tuple[str, int, int, Finding]] = []  # with the file, line and turn, to sort by
 
@@ -91,7 +94,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 @pytest.fixture(scope="session")
 def servers() -> Iterator[Stack]:
     """PostgreSQL with the schema in its database `qs`, which serves as the template."""
-    with Stack(with_ingester=False) as stack:
+    with Stack(with_ingester=False, postgres_settings=THROWN_AWAY) as stack:
         yield stack
 
 

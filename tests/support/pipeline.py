@@ -93,7 +93,11 @@ class Pipeline:
         return Device(self.mosquitto.port, device_id, **options)
 
     def close(self) -> None:
-        """Stop the ingester; a test whose ingester ended by itself fails here."""
+        """Stop ingester and broker; a test whose ingester ended by itself fails here."""
+        if self.ingester.running:
+            os.kill(self.ingester.pid, signal.SIGTERM)
+        # What comes from the broker wakes it. Else it looks for a signal twice a second.
+        self.mosquitto.stop()
         code = self.ingester.stop()
         assert code in (0, -signal.SIGKILL), f"exit code {code}\n{self.ingester.log_tail()}"
 
