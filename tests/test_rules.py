@@ -24,6 +24,9 @@ from tests.support.documents import chapter
 from tests.support.each import each
 from tools.process import CHECKOUT
 
+# One worker reads the source, and no other has to.
+pytestmark = pytest.mark.xdist_group("rules")
+
 THIRD_PARTY = {"paho": "paho-mqtt", "psycopg2": "psycopg2-binary", "dotenv": "python-dotenv"}
 FUNCTION_LINES_MAX = 70
 COLUMNS_MAX = 100
@@ -409,6 +412,7 @@ def test_the_checkers_have_nothing_to_say(command: tuple[str, ...]) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_tests_of_one_group_run_in_one_worker(tmp_path: Path) -> None:
     """Or those that share a port would run side by side; pytest 9.2 and xdist 3.8 let them."""
     (tmp_path / "test_group.py").write_text(
