@@ -94,10 +94,8 @@ class Pipeline:
 
     def close(self) -> None:
         """Stop ingester and broker; a test whose ingester ended by itself fails here."""
-        if self.ingester.running:
-            os.kill(self.ingester.pid, signal.SIGTERM)
-        # What comes from the broker wakes it. Else it looks for a signal twice a second.
-        self.mosquitto.stop()
+        self.ingester.ask_to_stop()
+        self.mosquitto.stop()  # which wakes it: else it looks for a signal twice a second
         code = self.ingester.stop()
         assert code in (0, -signal.SIGKILL), f"exit code {code}\n{self.ingester.log_tail()}"
 
