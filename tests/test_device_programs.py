@@ -207,6 +207,7 @@ def test_through_restarts_of_the_database_nothing_is_lost(
     check(program, running)
 
 
+@pytest.mark.faults
 def test_a_connection_that_the_network_forgets_is_given_up(
     running: Pipeline, program: Program
 ) -> None:
