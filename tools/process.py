@@ -270,7 +270,8 @@ class Process:
         if self.running and not self._was_asked:
             self._was_asked = True
             self._send([self.pid], self.stop_signal)
-            self.resume()  # a paused process does not see the signal otherwise
+            if process_status(self.pid)[0] in "Tt":  # paused, it does not see the signal
+                self.resume()
 
     def stop(self, timeout: float | None = None) -> int:
         """Ends it politely, after `timeout` seconds by force; returns the exit code."""
