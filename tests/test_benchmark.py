@@ -30,6 +30,7 @@ def ignore(_: int) -> None:
     pass
 
 
+@pytest.mark.faults  # takes a minute
 def test_the_short_form_stores_and_acks_all_and_is_far_ahead(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
