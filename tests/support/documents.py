@@ -45,6 +45,8 @@ _PIP_COMPILE = (
 )
 _COMPOSE = "docker compose -f docker-compose.yml"
 _WEB = "overlays/web/tests types it"
+_GRAFANA = "needs Grafana's image; test_grafana.py has Compose read the files"
+_WITH_GRAFANA = f"{_COMPOSE} -f overlays/grafana/docker-compose.yml"
 _SUDO = "becomes root, and changes files of the machine"
 NOT_TYPED = {
     "tools/stack up": _STACK,
@@ -98,7 +100,7 @@ NOT_TYPED = {
     "tests/run --faults --write-faults": _ITSELF,
     "tests/run --fast": _ITSELF,
     "tests/run tests/test_store.py -k conflict": _ITSELF,
-    "tests/run tests/test_device_programs.py": _ITSELF,
+    "tests/run --faults tests/test_device_programs.py": _ITSELF,
     "python3 -m http.server 8000": "serves files to a board",
     "python3 -m venv .pip-tools": _NETWORK,
     ".pip-tools/bin/pip install pip-tools": _NETWORK,
@@ -124,6 +126,12 @@ NOT_TYPED = {
     f"{_COMPOSE} -f overlays/secure/docker-compose.yml -f overlays/web/docker-compose.yml"
     " -f overlays/web/secure.yml up -d --build --wait": _WEB,
     "overlays/web/run": _WEB,
+    f"{_WITH_GRAFANA} up -d --wait": _GRAFANA,
+    f"{_WITH_GRAFANA} exec grafana cat /telemetry/admin_password": _GRAFANA,
+    f"{_WITH_GRAFANA} exec grafana grafana cli admin reset-admin-password"
+    " --password-from-stdin": _GRAFANA,
+    f"{_COMPOSE} -f overlays/secure/docker-compose.yml -f overlays/grafana/docker-compose.yml"
+    " -f overlays/grafana/secure.yml up -d --wait": _GRAFANA,
     "git worktree add ../before COMMIT": "needs a clone with its history",
 }
 
