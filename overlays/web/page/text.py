@@ -16,7 +16,7 @@ from decimal import Decimal
 INVISIBLE = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 # The precision of a 32-bit float, in which most sensors measure: half of the last of 24 bits.
 FLOAT32_PRECISION = 2.0**-24
-DECIMALS_MAX = 12
+DECIMALS_MAX = 13  # half of the last is less than FLOAT32_PRECISION of 1e-6
 
 
 def visible(text: str) -> str:

@@ -75,6 +75,7 @@ def test_a_number_has_the_digits_that_were_measured(value: float, written: str) 
 
 
 @given(finite)
+@example(1.5358085123835936e-06)
 def test_what_is_written_is_the_number_as_far_as_32_bits_tell(value: float) -> None:
     written = float(number(value))
     if 1e-6 <= abs(value) < 1e15:
