@@ -21,7 +21,17 @@ def test_no_invisible_or_reordering_character_is_left(text: str) -> None:
     assert not re.search("[\u200e\u200f\u202a-\u202e\u2066-\u2069]", shown)
 
 
-@given(st.text(st.characters(categories=("L", "N", "P", "S", "Zs"))))
+def test_letters_that_are_drawn_as_nothing_are_named() -> None:
+    assert visible("a\u3164\u115f\u034f\ufe00\U000e0100") == (
+        "a\\u3164\\u115f\\u034f\\ufe00\\U000e0100"
+    )
+
+
+@given(
+    st.text(st.characters(categories=("N", "P", "S", "Zs", "Lu", "Ll", "Lt", "Lm"))).map(
+        lambda text: text + "温度 ☀\ufe0f e\u0301"
+    )
+)
 def test_what_is_visible_stays_as_it_is(text: str) -> None:
     assert visible(text) == text
 
