@@ -131,8 +131,8 @@ class Database:
                 return list(cursor.fetchall())
         except psycopg2.extensions.QueryCanceledError:
             raise TooSlow(
-                f"This takes the database longer than {STATEMENT_SECONDS} s. "
-                "A shorter period may do."
+                f"This takes the database longer than {STATEMENT_SECONDS} s: it is busy, or there "
+                "is more to read than it can in that time."
             ) from None
         except psycopg2.errors.InsufficientPrivilege as error:
             raise _unavailable(error) from None

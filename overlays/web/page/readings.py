@@ -57,7 +57,6 @@ class Reading:
     type: str
     value: str
     unit: str
-    at: datetime
     is_number: bool
 
 
@@ -67,15 +66,20 @@ class Device:
 
     id: str
     last_seen_at: datetime
-    readings: Sequence[Reading]
+    latest: Sequence[Row]
     is_silent: bool
     usual_pause_seconds: float | None
+
+    @property
+    def readings(self) -> list[Reading]:
+        """Its last values by type. Made when they are shown: of a thousand devices few are."""
+        return sorted(map(_reading, self.latest), key=lambda reading: reading.type)
 
 
 def devices(database: Database, names: Sequence[str] | None = None) -> list[Device]:
     """Return the devices that are named, or all, by name. Raises Unavailable."""
     wanted = "" if names is None else "WHERE device_id = ANY(%(names)s)"
-    latest: dict[str, list[Reading]] = {}
+    latest: dict[str, list[Row]] = {}
     for row in database.rows(
         f"""
         SELECT device_id, event_type, value_num, value_text, unit, ts_server
@@ -83,7 +87,7 @@ def devices(database: Database, names: Sequence[str] | None = None) -> list[Devi
         """,
         names=names,
     ):
-        latest.setdefault(row["device_id"], []).append(_reading(row))
+        latest.setdefault(row["device_id"], []).append(row)
     silent = {
         row["device_id"]: row["usual_pause"]
         for row in database.rows(
@@ -93,8 +97,8 @@ def devices(database: Database, names: Sequence[str] | None = None) -> list[Devi
     return [
         Device(
             id=name,
-            last_seen_at=max(reading.at for reading in latest[name]),
-            readings=sorted(latest[name], key=lambda reading: reading.type),
+            last_seen_at=max(row["ts_server"] for row in latest[name]),
+            latest=latest[name],
             is_silent=name in silent,
             usual_pause_seconds=pause.total_seconds() if (pause := silent.get(name)) else None,
         )
@@ -117,7 +121,7 @@ def _reading(row: Row) -> Reading:
         value = "empty"
     unit = visible(row["unit"] or "")
     is_number = row["value_num"] is not None
-    return Reading(row["event_type"], value, unit, row["ts_server"], is_number)
+    return Reading(row["event_type"], value, unit, is_number)
 
 
 def sparklines(

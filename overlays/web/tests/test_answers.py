@@ -256,7 +256,7 @@ def test_texts_are_states_and_what_held_before_is_the_first(page: Page) -> None:
 
 
 def test_a_text_long_before_numbers_is_no_state(page: Page) -> None:
-    said = ["error", *[20.0] * 60]
+    said: list[float | str] = ["error", *[20.0] * 60]
     insert(page.database, readings("device-1", said, 600, ago(minutes=5)))
     assert page.chart("device-1", "temperature", range="1h")["states"] == []
 
@@ -268,24 +268,6 @@ def test_of_too_many_states_the_last_are_shown_and_it_is_said(page: Page) -> Non
     assert len(states["text"]) == POINTS_MAX
     assert states["truncated"]
     assert states["text"][-1] == "closed"
-
-
-def test_a_reading_stands_where_the_devices_clock_can_be_right(page: Page) -> None:
-    stored = ago(minutes=1)
-    clocks = {10.0: ago(hours=2), 20.0: datetime(1970, 1, 1, tzinfo=UTC), 30.0: ago(hours=-5)}
-    rows = [
-        {"event_id": str(value), "value_num": value, "ts_device": clock, "ts_server": stored}
-        for value, clock in clocks.items()
-    ]
-    insert(page.database, rows)
-    (line,) = lines(page.chart("device-1", "temperature", range="24h"))
-    found = {
-        value: at for at, value in zip(line["at"], line["mean"], strict=True) if value is not None
-    }
-    expected = {10.0: clocks[10.0], 20.0: stored, 30.0: stored}
-    assert found == {value: pytest.approx(at.timestamp()) for value, at in expected.items()}
-    (line,) = lines(page.chart("device-1", "temperature", range="1h"))
-    assert sorted(line["mean"]) == [20.0, 30.0]
 
 
 def test_a_silly_value_does_not_take_the_others_away(page: Page) -> None:

@@ -94,6 +94,23 @@ def test_what_stands_in_the_table_by_other_means_is_text(page: Page, open_tab: O
         tab.goto("/")
 
 
+def test_names_that_each_object_of_a_script_has(page: Page, open_tab: OpenTab) -> None:
+    """Of these, all but one have nothing in the last day to draw."""
+    old, now = {"ts_server": ago(days=3)}, {"ts_server": ago(minutes=1)}
+    insert(
+        page.database,
+        [
+            {"event_id": f"{device} {name}", "device_id": device, "event_type": name,
+             "value_num": 1.5} | (now if name == "temperature" else old)
+            for device in ("__proto__", "constructor", "z-last")
+            for name in ("__proto__", "constructor", "toString", "temperature")
+        ],
+    )  # fmt: skip
+    browser = open_tab().page
+    expect(browser.locator('[data-device="z-last"] .sparkline svg')).to_have_count(1)
+    expect(browser.locator(".sparkline svg")).to_have_count(3)
+
+
 def test_dead_letters_are_text(page: Page, open_tab: OpenTab) -> None:
     for number, text in enumerate(HOSTILE):
         page.database.query(

@@ -21,7 +21,17 @@ def test_no_invisible_or_reordering_character_is_left(text: str) -> None:
     assert not re.search("[\u200e\u200f\u202a-\u202e\u2066-\u2069]", shown)
 
 
-@given(st.text(st.characters(categories=("L", "N", "P", "S", "Zs"))))
+def test_letters_that_are_drawn_as_nothing_are_named() -> None:
+    assert visible("a\u3164\u115f\u034f\ufe00\U000e0100") == (
+        "a\\u3164\\u115f\\u034f\\ufe00\\U000e0100"
+    )
+
+
+@given(
+    st.text(st.characters(categories=("N", "P", "S", "Zs", "Lu", "Ll", "Lt", "Lm"))).map(
+        lambda text: text + "温度 ☀\ufe0f e\u0301"
+    )
+)
 def test_what_is_visible_stays_as_it_is(text: str) -> None:
     assert visible(text) == text
 
@@ -75,6 +85,7 @@ def test_a_number_has_the_digits_that_were_measured(value: float, written: str) 
 
 
 @given(finite)
+@example(1.5358085123835936e-06)
 def test_what_is_written_is_the_number_as_far_as_32_bits_tell(value: float) -> None:
     written = float(number(value))
     if 1e-6 <= abs(value) < 1e15:

@@ -223,6 +223,11 @@ function sparkline(means) {
   return drawing;
 }
 
+// What devices are called may be `constructor`, or whatever else each object has.
+function own(object, name) {
+  return object && Object.hasOwn(object, name) ? object[name] : undefined;
+}
+
 const drawnAt = new WeakMap();
 const inSight = new Set();
 
@@ -239,7 +244,7 @@ async function drawSparklines() {
       const lines = await getJson(`/sparklines.json?${new URLSearchParams(query)}`);
       for (const row of rows) {
         for (const place of row.querySelectorAll(".sparkline")) {
-          const means = lines[row.dataset.device]?.[place.dataset.type];
+          const means = own(own(lines, row.dataset.device), place.dataset.type);
           place.replaceChildren(...(means ? [sparkline(means)] : []));
         }
       }
