@@ -87,6 +87,11 @@ def against(name: str, results: dict[str, Any]) -> tuple[str, bool]:
     return "\n\n".join(parts) + "\n", is_within
 
 
+def page(page_ms: dict[str, float]) -> str:
+    """Return the table of the page's addresses."""
+    return _table(["page", "ms"], [[what, f"{ms:.0f}"] for what, ms in page_ms.items()])
+
+
 def render(name: str, results: dict[str, Any]) -> str:
     """Return everything as Markdown."""
     systems, rows = results["systems"], results["rows"]
@@ -121,6 +126,8 @@ def render(name: str, results: dict[str, Any]) -> str:
         ),
         "## The documented queries, with the most rows",
         _table(["query", "ms"], [[f"`{sql}`", f"{ms:.0f}"] for sql, ms in queries.items()]),
+        "## The page of charts, with the most rows",
+        page(rows["page_ms"]) if rows["page_ms"] else "It was not there.",
         "## Where the ingester's time goes",
     ]
     for what, shares in results["profile"].items():

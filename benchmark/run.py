@@ -2,6 +2,7 @@
 
     .venv/bin/python -m benchmark.run              everything, about 20 minutes
     .venv/bin/python -m benchmark.run --short      a minute: what CI runs
+    .venv/bin/python -m benchmark.run --page       the page of charts alone, with 10 million rows
     .venv/bin/python -m benchmark.run --against FOLDER
                                                    the ingester beside that of another checkout
 
@@ -25,7 +26,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmark import node_red, profile, queries, report
+from benchmark import node_red, page, profile, queries, report
 from benchmark.fleet import Fleet, FleetError, publishes
 from benchmark.machine import CpuClock, describe, memory_peak_mb
 from tools.process import CHECKOUT, Process, StackError
@@ -269,7 +270,39 @@ def with_rows(size: Size) -> dict[str, Any]:
         with progress("bulk delete", 1):
             queries.remove_all_others(stack.postgres)
         results["queries_ms"] = queries.measure(stack.postgres, size.rounds)
+        stack.ingester.stop()
+        results["page_ms"] = page_times(stack)
     return results
+
+
+def page_times(stack: Stack) -> dict[str, float]:
+    """Measure the page of charts with the rows that there are; nothing, where there is no page."""
+    if not page.available():
+        print("the page is not measured: there is no overlays/web", file=sys.stderr, flush=True)
+        return {}
+    with progress("the page", 1):
+        return page.measure(stack.folder, stack.postgres)
+
+
+def page_alone() -> int:
+    """Measure the page of charts with the most rows; fail if it is too slow."""
+    with Stack(with_ingester=False) as stack:
+        with progress("bulk load", ROWS_BEFORE[-1]):
+            queries.load_up_to(stack.postgres, ROWS_BEFORE[-1])
+        page_ms = page_times(stack)
+    print(report.page(page_ms))
+    return _page_code(page_ms)
+
+
+def _page_code(page_ms: dict[str, float]) -> int:
+    slow = page.too_slow(page_ms) if page_ms else []
+    for what in slow:
+        print(
+            f"benchmark: the page takes {page_ms[what]:.0f} ms for {what!r}, and may take "
+            f"{page.MILLISECONDS_MAX}",
+            file=sys.stderr,
+        )
+    return 1 if slow else 0
 
 
 def other_settings(size: Size) -> dict[str, list[Any]]:
@@ -290,6 +323,7 @@ def main() -> int:
     """Run the benchmark; return the exit code."""
     parser = argparse.ArgumentParser(prog="benchmark.run", description=__doc__.splitlines()[0])
     parser.add_argument("--short", action="store_true", help="what CI runs; keeps no results")
+    parser.add_argument("--page", action="store_true", help="the page alone; keeps no results")
     parser.add_argument("--name", help="of the files in benchmark/results (default: the date)")
     parser.add_argument(
         "--against", type=_checkout, metavar="FOLDER", help="another checkout, to compare with"
@@ -303,6 +337,8 @@ def main() -> int:
     try:
         if arguments.short:
             return short(systems)
+        if arguments.page:
+            return page_alone()
         if arguments.against:
             size = AGAINST._replace(rounds=arguments.rounds)
             return against(arguments.against, size, f"{name}-against")
@@ -333,7 +369,7 @@ def full(systems: dict[str, Callable[[Stack], Process]], name: str) -> int:
     text = report.render(name, results)
     (RESULTS / f"{name}.md").write_text(text)
     print(text)
-    return 0
+    return _page_code(results["rows"]["page_ms"])
 
 
 def _checkout(text: str) -> Path:

@@ -36,6 +36,10 @@ _worker, _workers = (os.environ.get(f"PYTEST_XDIST_{name}") for name in ("WORKER
 if _worker and _workers:
     process.PORTS = process.PORTS[int(_worker.removeprefix("gw")) :: int(_workers)]
 
+# Each test has a database made for it, and waiting for the disk is most of that. The data ends
+# with the run, and what a killed server has written, the kernel keeps all the same.
+NO_WAIT_FOR_DISK = {"fsync": "off"}
+
 _number = itertools.count()
 _findings: list[tuple[str, int, int, Finding]] = []  # with the file, line and turn, to sort by
 
@@ -89,9 +93,14 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 @pytest.fixture(scope="session")
-def servers() -> Iterator[Stack]:
+def servers(request: pytest.FixtureRequest) -> Iterator[Stack]:
     """PostgreSQL with the schema in its database `qs`, which serves as the template."""
-    with Stack(with_ingester=False) as stack:
+    # Where times are compared or written down, a commit takes as long as it does for an owner.
+    measures = request.config.getoption("--write-faults") or any(
+        item.get_closest_marker("alone") for item in request.session.items
+    )
+    settings = {} if measures else NO_WAIT_FOR_DISK
+    with Stack(with_ingester=False, postgres_settings=settings) as stack:
         yield stack
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from benchmark import page
 from benchmark.fleet import Fleet, FleetError, publishes
 from benchmark.report import against, median
 from tests.support.pipeline import Pipeline
@@ -29,6 +30,7 @@ def ignore(_: int) -> None:
     pass
 
 
+@pytest.mark.faults  # takes a minute
 def test_the_short_form_stores_and_acks_all_and_is_far_ahead(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -86,6 +88,12 @@ def test_an_ack_for_another_event_does_not_count(running: Pipeline) -> None:
 def test_a_median_is_taken_over_the_rounds() -> None:
     results = {"x": [{"a": {"b": 3}}, {"a": {"b": 1}}, {"a": {"b": 2}}]}
     assert median(results, "x", path=("a", "b")) == 2
+
+
+def test_the_page_is_too_slow_beyond_a_second() -> None:
+    within = dict.fromkeys(page.LIMITED, 1_000.0) | {"another": 5_000.0}
+    assert page.too_slow(within) == []
+    assert page.too_slow(within | {page.YEAR: 1_001.0}) == [page.YEAR]
 
 
 def test_another_checkout_runs_with_its_own_code_schema_and_broker_configuration(

@@ -16,10 +16,12 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import psycopg2
 import pytest
 
+from ingester.deadletters.__main__ import main
 from ingester.deadletters.table import PURGE_ROWS_MAX
 from tests.support.device import event
 from tests.support.load import devices, events_sent, hear_all, load, wait_for_load
@@ -323,16 +325,31 @@ BAD = {
 }
 
 
-def test_bad_arguments_are_named_in_one_line_and_nothing_is_changed(pipeline: Pipeline) -> None:
+def test_bad_arguments_are_named_in_one_line_and_nothing_is_changed(
+    pipeline: Pipeline,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    """In this process: as many of their own would do little but start."""
     database = pipeline.database
     keep_many(database, 2)
     before = everything(database)
+    for name, value in environment(pipeline).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(tmp_path)  # where there is no .env
     for arguments, error in BAD.items():
-        done = tool(pipeline, *shlex.split(arguments), expected=2)
-        (line,) = done.stderr.splitlines()
+        monkeypatch.setattr("sys.argv", ["deadletters", *shlex.split(arguments)])
+        try:
+            code: object = main()
+        except SystemExit as end:
+            code = end.code
+        said = capsys.readouterr()
+        (line,) = said.err.splitlines()
+        assert code == 2, arguments
         assert line.startswith("deadletters: "), arguments
         assert error in line, arguments
-        assert done.stdout == ""
+        assert said.out == ""
     assert everything(database) == before
 
 

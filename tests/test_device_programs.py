@@ -176,6 +176,7 @@ def test_with_a_hold_of_0_it_keeps_an_event_before_it_sends_it(
     check(program, running)
 
 
+@pytest.mark.faults
 def test_through_broker_restarts_nothing_is_lost(running: Pipeline, program: Program) -> None:
     program.start(ENDLESS, hold_ms=200)
     for number in (50, 200, 350):
@@ -189,6 +190,7 @@ def test_through_broker_restarts_nothing_is_lost(running: Pipeline, program: Pro
     check(program, running)
 
 
+@pytest.mark.faults
 def test_through_kills_of_the_ingester_nothing_is_lost(running: Pipeline, program: Program) -> None:
     program.start(ENDLESS, hold_ms=200)
     for number in (30, 150, 300, 450):
@@ -201,6 +203,7 @@ def test_through_kills_of_the_ingester_nothing_is_lost(running: Pipeline, progra
     check(program, running)
 
 
+@pytest.mark.faults
 def test_through_restarts_of_the_database_nothing_is_lost(
     running: Pipeline, program: Program
 ) -> None:
@@ -216,6 +219,7 @@ def test_through_restarts_of_the_database_nothing_is_lost(
     check(program, running)
 
 
+@pytest.mark.faults
 def test_a_connection_that_the_network_forgets_is_given_up(
     running: Pipeline, program: Program
 ) -> None:
@@ -230,6 +234,7 @@ def test_a_connection_that_the_network_forgets_is_given_up(
     check(program, running)
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("hold_ms", [0, 100])
 def test_through_kills_of_its_own_nothing_is_lost_that_was_kept(
     running: Pipeline, program: Program, hold_ms: int
@@ -250,6 +255,7 @@ def test_through_kills_of_its_own_nothing_is_lost_that_was_kept(
     check(program, running, was_killed=True)
 
 
+@pytest.mark.faults
 def test_through_everything_at_once_nothing_is_lost_that_was_kept(
     running: Pipeline, program: Program
 ) -> None:

@@ -990,7 +990,11 @@ PLACES = [
 
 
 @pytest.mark.parametrize(
-    "levels", [*range(46, 50), *range(60, 68), *range(950, 1000, 7), 5000, 100_000]
+    "levels",
+    [
+        *(*range(46, 50), *range(60, 68), *range(950, 1000, 7), 5000),
+        pytest.param(100_000, marks=pytest.mark.slow),
+    ],
 )
 def test_nesting_of_any_depth_gives_results_or_a_rejection(levels: int) -> None:
     for opening, closing in CONTAINERS:
@@ -1179,6 +1183,7 @@ def test_any_text_of_jsons_letters_gives_events_or_a_rejection(text: str) -> Non
     assert_results_or_rejection(text.encode("utf-8", "surrogatepass"))
 
 
+@pytest.mark.slow
 @given(JSON_VALUES, st.booleans())
 @settings(PATIENT, max_examples=300)
 def test_any_json_value_gives_events_or_a_rejection(value: Any, as_ascii: bool) -> None:
@@ -1189,6 +1194,7 @@ def test_any_json_value_gives_events_or_a_rejection(value: Any, as_ascii: bool) 
 FIELDS = st.sampled_from([*VALID, "firmware", "Value", ""])
 
 
+@pytest.mark.slow
 @given(
     st.lists(st.tuples(FIELDS, JSON_VALUES), max_size=3),
     st.lists(FIELDS, max_size=2),
@@ -1205,6 +1211,7 @@ def test_a_mutated_event_keeps_the_contract_or_is_refused(
     assert_results_or_rejection(payload, default_tz=LOS_ANGELES)
 
 
+@pytest.mark.slow
 @given(st.data())
 @settings(PATIENT, max_examples=500)
 def test_a_valid_event_with_damaged_bytes_keeps_the_contract_or_is_refused(
@@ -1286,6 +1293,7 @@ BAD = {
 }
 
 
+@pytest.mark.slow
 @given(st.fixed_dictionaries(GOOD), st.booleans())
 @settings(PATIENT, max_examples=300)
 def test_an_event_of_good_fields_is_accepted_and_comes_out_as_it_went_in(
@@ -1306,6 +1314,7 @@ def test_an_event_of_good_fields_is_accepted_and_comes_out_as_it_went_in(
     assert repr(json.loads(event.meta)) == repr(meta)
 
 
+@pytest.mark.slow
 @given(st.fixed_dictionaries(GOOD), st.sampled_from([*BAD]), st.data())
 @settings(PATIENT, max_examples=500)
 def test_an_event_with_one_bad_field_is_refused_and_the_text_names_that_field(

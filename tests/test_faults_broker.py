@@ -326,6 +326,7 @@ def test_a_batch_whose_connection_is_gone_when_it_is_stored_pubacks_nothing(
         report(find(case, publishers, steady.database))
 
 
+@pytest.mark.faults
 def test_a_batch_of_an_earlier_connection_is_given_up_and_pubacks_nothing(
     running: Pipeline, report: Report
 ) -> None:

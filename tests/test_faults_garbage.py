@@ -148,10 +148,7 @@ GARBAGE: dict[str, Garbage] = {
 }
 QUICK = {
     ("1,000 ones", "distinct"),
-    ("events nested 85 deep", "distinct"),
-    ("events nested 940 to 990 deep", "distinct"),
     ("brackets", "equal"),
-    ("1,000 ids, not JSON", "distinct"),
 }
 
 
@@ -306,7 +303,7 @@ def test_duplicates_that_are_large_to_fetch_cost_the_others_neither_memory_nor_t
 # --- a backlog ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("events_each", [1, pytest.param(100, marks=everything)])
+@pytest.mark.parametrize("events_each", [100, pytest.param(1, marks=everything)])
 def test_a_backlog_with_one_percent_invalid_does_not_fill_the_memory(
     steady: Pipeline, report: Report, events_each: int
 ) -> None:

@@ -474,6 +474,7 @@ def test_a_session_that_is_not_read_for_long_is_kept(
     assert len(tap.lines) == 1
 
 
+@pytest.mark.faults
 def test_a_database_that_is_locked_for_40_s_with_the_hand_full_costs_no_connection(
     pipeline: Pipeline,
 ) -> None:

@@ -110,6 +110,7 @@ def store(database: Database) -> Iterator[Store]:
     store.close()
 
 
+@pytest.mark.faults
 @given(st.lists(payloads(), min_size=10, max_size=40), st.sampled_from(["UTC", "Asia/Kolkata"]))
 @settings(
     deadline=None,

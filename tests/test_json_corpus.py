@@ -7,12 +7,12 @@ same corpus is in test_ingester.py.
 
 import json
 from collections import Counter
+from collections.abc import Callable
 from datetime import UTC
-
-import pytest
 
 from ingester.event import PAYLOAD_BYTES_MAX, Event, decode
 from ingester.rejection import Reason, Rejection
+from tests.support.each import each
 from tests.support.json_corpus import DOCUMENTS, Document, Expected, Grammar, event_with
 
 DEVICE = "corpus"
@@ -23,11 +23,10 @@ def result_of(payload: bytes) -> Event | Rejection:
     return result
 
 
-def those(expected: Expected) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize(
-        "document",
-        [document for document in DOCUMENTS if document.expected is expected],
-        ids=lambda document: document.name,
+def those(expected: Expected) -> Callable[[Callable[[Document], None]], Callable[[], None]]:
+    return each(
+        lambda: [document for document in DOCUMENTS if document.expected is expected],
+        lambda document: document.name,
     )
 
 
@@ -63,7 +62,7 @@ def test_what_is_left_open_is_stored_or_rejected_and_nothing_else(document: Docu
 HARMLESS = ["whitespace, U+0000 at the end", "whitespace, byte order mark"]
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
+@each(lambda: DOCUMENTS, lambda document: document.name)
 def test_a_document_in_the_events_place_is_no_event(document: Document) -> None:
     decoded = decode(DEVICE, document.data, UTC)
     reasons = set()

@@ -218,6 +218,7 @@ def dumped(array: list[dict[str, Any]], data: st.DataObject) -> bytes:
     return json.dumps(array, ensure_ascii=as_ascii, indent=indent).encode("utf-8", "replace")
 
 
+@pytest.mark.slow
 @given(ARRAYS, st.data())
 @settings(PATIENT, max_examples=300, derandomize=True)
 def test_of_an_array_cut_off_anywhere_each_complete_id_is_answered_in_order(
@@ -267,6 +268,7 @@ def members_of(text: str, at: int) -> dict[str, int]:
         at = decoder.raw_decode(text, at)[1]
 
 
+@pytest.mark.slow
 @given(ARRAYS, st.data())
 @settings(PATIENT, max_examples=DAMAGES, derandomize=True)
 def test_of_an_array_with_one_byte_damaged_no_id_is_answered_that_is_none(
@@ -308,6 +310,7 @@ def test_elements_are_the_text_that_was_sent_whatever_stands_in_it() -> None:
     assert elements(payload, [10, 2]) == [b"inf", b"null"]
 
 
+@pytest.mark.slow
 @given(st.lists(VALUES, min_size=1, max_size=5), st.data())
 @settings(PATIENT, max_examples=300, derandomize=True)
 def test_elements_of_any_array_are_its_elements(values: list[Any], data: st.DataObject) -> None:

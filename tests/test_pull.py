@@ -22,6 +22,8 @@ from dotenv import dotenv_values
 from tests.support.compose import copy_checkout
 from tools.process import CHECKOUT
 
+pytestmark = pytest.mark.slow
+
 VERSION_FILE = "ingester/__init__.py"
 # As .env says that such a value is written.
 PASSWORD, WRITTEN = r"it's $5 #1", r"'it\'s $5 #1'"

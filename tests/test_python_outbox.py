@@ -45,7 +45,13 @@ class Bench:
 
     def due(self) -> list[list[str]]:
         """Return the event ids of each message that is due."""
-        return [ids_of(message.payload) for message in self.outbox.due()]
+        found = [ids_of(message.payload) for message in self.outbox.due()]
+        lanes = self.outbox._lanes
+        assert self.outbox._in_flight == sum(len(lane.in_flight) for lane in lanes.values())
+        waiting = {device_id: lane.waiting for device_id, lane in lanes.items()}
+        counts = self.outbox._store.counts()
+        assert waiting == {device_id: count for device_id, (count, _) in counts.items()}
+        return found
 
     def answer(self, *event_ids: str, device_id: str = "pi", **fields: str) -> bool:
         answers = [

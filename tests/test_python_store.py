@@ -455,6 +455,7 @@ def test_a_place_where_nothing_can_be_written_is_a_clear_error(place: str) -> No
         Outbox(place, "pi")
 
 
+@pytest.mark.faults
 def test_on_a_full_disk_add_says_so_and_nothing_that_was_kept_is_harmed(tmp_path: Path) -> None:
     with tmpfs(tmp_path, 8):
         store = tmp_path / "store"

@@ -2,6 +2,8 @@
 
 What it does: reads the source, the documents and the settings' files, and runs ruff and mypy.
 What it does not: run the ingester. It looks at what git tracks or would track.
+
+Invariant: a rule is one test, which names every file that breaks it.
 """
 
 import ast
@@ -19,7 +21,11 @@ from dotenv import dotenv_values
 from ingester.rejection import Reason
 from tests.support.checkout import files_of
 from tests.support.documents import chapter
+from tests.support.each import each
 from tools.process import CHECKOUT
+
+# One worker reads the source, and no other has to.
+pytestmark = pytest.mark.xdist_group("rules")
 
 THIRD_PARTY = {"paho": "paho-mqtt", "psycopg2": "psycopg2-binary", "dotenv": "python-dotenv"}
 FUNCTION_LINES_MAX = 70
@@ -33,17 +39,13 @@ def files(*folders: str) -> dict[str, Path]:
     return {name: path for name, path in files_of(CHECKOUT).items() if name.startswith(inside)}
 
 
-@cache
 def modules(*folders: str) -> dict[str, ast.Module]:
-    return {
-        name: parsed(name, path.read_text("utf-8"))
-        for name, path in files(*folders).items()
-        if name.endswith(".py")
-    }
+    return {name: parsed(name) for name in files(*folders) if name.endswith(".py")}
 
 
-def parsed(name: str, text: str) -> ast.Module:
-    module = ast.parse(text, name)
+@cache
+def parsed(name: str) -> ast.Module:
+    module = ast.parse(files()[name].read_text("utf-8"), name)
     if name.startswith("devices/python/telemetry/"):
         # People copy it beside their scripts, so it alone does not know its full name.
         for node in ast.walk(module):
@@ -52,7 +54,8 @@ def parsed(name: str, text: str) -> ast.Module:
     return module
 
 
-INGESTER = sorted(modules("ingester"))
+def ingester() -> list[str]:
+    return sorted(modules("ingester"))
 
 
 def imports(module: ast.Module) -> Iterator[str]:
@@ -78,10 +81,10 @@ def reached_from(name: str) -> set[str]:
         imported = {
             dotted.replace(".", "/") + ending
             for name in waiting
-            for dotted in imports(modules("ingester")[name])
+            for dotted in imports(parsed(name))
             for ending in (".py", "/__init__.py")
         }
-        waiting = imported & set(INGESTER) - reached
+        waiting = imported & set(ingester()) - reached
     return reached
 
 
@@ -90,18 +93,20 @@ def is_program(module: ast.Module) -> bool:
     return isinstance(module.body[-1], ast.If) and "__main__" in ast.unparse(module.body[-1].test)
 
 
-DAEMON = reached_from("ingester/app.py")
-# The daemon and the tools beside it, each run by `python -m`.
-PROGRAMS = {name for name in INGESTER if is_program(modules("ingester")[name])}
+@cache
+def programs() -> set[str]:
+    """Return the daemon and the tools beside it, each run by `python -m`."""
+    return {name for name, module in modules("ingester").items() if is_program(module)}
 
 
 # --- who imports what ----------------------------------------------------------------
 
 
 def test_there_are_files_to_look_at() -> None:
-    assert {"ingester/app.py", "ingester/event.py", "ingester/store.py"} <= set(INGESTER)
-    assert {"ingester/app.py", "ingester/event.py", "ingester/store.py"} <= DAEMON
-    assert "ingester/app.py" in PROGRAMS
+    assert {"ingester/app.py", "ingester/event.py", "ingester/store.py"} <= set(ingester())
+    daemon = reached_from("ingester/app.py")
+    assert {"ingester/app.py", "ingester/event.py", "ingester/store.py"} <= daemon
+    assert "ingester/app.py" in programs()
     assert "tests/test_rules.py" in modules()
     assert "docker-compose.yml" in files()
 
@@ -119,30 +124,30 @@ def test_only_the_connection_imports_psycopg2() -> None:
 
 
 def test_only_a_program_imports_dotenv() -> None:
-    assert importers("dotenv") == PROGRAMS
+    assert importers("dotenv") == programs()
 
 
 def test_nothing_imports_a_program_and_the_daemon_needs_nothing_of_the_tools() -> None:
     imported = {name for module in modules("ingester").values() for name in imports(module)}
-    assert not {name.removesuffix(".py").replace("/", ".") for name in PROGRAMS} & imported
-    assert "ingester/tool_session.py" not in DAEMON
+    assert not {name.removesuffix(".py").replace("/", ".") for name in programs()} & imported
+    assert "ingester/tool_session.py" not in reached_from("ingester/app.py")
 
 
 # What a board has, what its MQTT client is, and what is one of its own folder's modules.
 MICROPYTHON = {"ffi", "machine", "micropython", "mqtt_as", "network", "ntptime", "umqtt", "vfs"}
 
 
-@pytest.mark.parametrize("name", sorted(modules("devices")))
+@each(lambda: sorted(modules("devices")))
 def test_what_runs_as_a_device_imports_paho_the_standard_library_and_nothing_of_ours(
     name: str,
 ) -> None:
-    imported = packages(modules("devices")[name]) - sys.stdlib_module_names
+    imported = packages(parsed(name)) - sys.stdlib_module_names
     if name.startswith("devices/micropython/"):
         assert imported - MICROPYTHON <= {"telemetry", "flash"}
     elif name.startswith("devices/python/"):
         # Of ours the package alone, under either of its names.
         assert imported <= {"paho", "telemetry", "devices"}
-        named = {dotted for dotted in imports(modules("devices")[name]) if "devices" in dotted}
+        named = {dotted for dotted in imports(parsed(name)) if "devices" in dotted}
         assert named <= {"devices.python.telemetry"}
         assert ("paho" in imported) == (name == "devices/python/telemetry/paho_link.py")
     elif name.startswith("devices/bridge/"):
@@ -152,19 +157,19 @@ def test_what_runs_as_a_device_imports_paho_the_standard_library_and_nothing_of_
         assert imported <= {"paho"}
 
 
-@pytest.mark.parametrize("name", INGESTER)
+@each(ingester)
 def test_the_ingester_imports_itself_the_standard_library_and_three_packages(name: str) -> None:
     own = {"ingester"}
-    others = packages(modules("ingester")[name]) - sys.stdlib_module_names - own
+    others = packages(parsed(name)) - sys.stdlib_module_names - own
     assert others <= set(THIRD_PARTY)
 
 
-@pytest.mark.parametrize("name", INGESTER)
+@each(ingester)
 def test_nothing_is_imported_by_name_at_run_time(name: str) -> None:
-    assert "importlib" not in packages(modules("ingester")[name])
+    assert "importlib" not in packages(parsed(name))
     called = {
         node.func.id
-        for node in ast.walk(modules("ingester")[name])
+        for node in ast.walk(parsed(name))
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
     }
     assert not called & {"__import__", "exec", "eval", "compile"}
@@ -185,28 +190,28 @@ COMPUTES = {
 }
 
 
-@pytest.mark.parametrize("name", PURE)
+@each(lambda: PURE)
 def test_a_pure_module_imports_nothing_that_does_io(name: str) -> None:
-    module = modules("ingester")[name]
+    module = parsed(name)
     assert {name for name in imports(module) if name.startswith("ingester")} <= PURE[name]
     assert packages(module) - {"ingester"} <= COMPUTES
 
 
-@pytest.mark.parametrize("name", PURE)
+@each(lambda: PURE)
 def test_a_pure_module_asks_for_neither_the_time_nor_a_file(name: str) -> None:
     words = {
         node.attr if isinstance(node, ast.Attribute) else node.id
-        for node in ast.walk(modules("ingester")[name])
+        for node in ast.walk(parsed(name))
         if isinstance(node, (ast.Attribute, ast.Name))
     }
     assert not words & {"now", "utcnow", "today", "open", "print", "input"}
 
 
-@pytest.mark.parametrize("name", INGESTER)
+@each(ingester)
 def test_only_a_program_looks_at_the_environment(name: str) -> None:
     words = {
         word
-        for node in ast.walk(modules("ingester")[name])
+        for node in ast.walk(parsed(name))
         for word in (
             [node.attr]
             if isinstance(node, ast.Attribute)
@@ -216,7 +221,7 @@ def test_only_a_program_looks_at_the_environment(name: str) -> None:
         )
     }
     looks = bool(words & {"environ", "environb", "getenv", "getenvb"})
-    assert looks == (name in PROGRAMS)
+    assert looks == (name in programs())
 
 
 # --- what is not written -------------------------------------------------------------
@@ -232,10 +237,10 @@ def names_in(node: ast.expr | None) -> Iterator[str]:
         yield ast.unparse(node).split(".")[-1]
 
 
-@pytest.mark.parametrize("name", INGESTER)
+@each(ingester)
 def test_no_handler_catches_everything(name: str) -> None:
     # A swallowed error becomes a PUBACK.
-    for node in ast.walk(modules("ingester")[name]):
+    for node in ast.walk(parsed(name)):
         caught: set[str] = set()
         if isinstance(node, ast.ExceptHandler):
             caught = set(names_in(node.type))
@@ -244,32 +249,33 @@ def test_no_handler_catches_everything(name: str) -> None:
         assert not caught & {"(nothing)", "Exception", "BaseException"}
 
 
-@pytest.mark.parametrize("name", sorted(modules()))
+@each(lambda: sorted(modules()))
 def test_every_module_opens_with_a_docstring(name: str) -> None:
-    module = modules()[name]
+    module = parsed(name)
     docstring = ast.get_docstring(module)
     assert docstring
     assert module.body[0].lineno == 1
 
 
-SCRIPTS = [name for name, path in files().items() if path.read_bytes()[:2] == b"#!"]
+def scripts() -> list[str]:
+    return [name for name, path in files().items() if path.read_bytes()[:2] == b"#!"]
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@each(scripts)
 def test_every_script_opens_with_what_it_is_for(name: str) -> None:
     second = files()[name].read_text("utf-8").splitlines()[1]
     assert second.startswith(("# ", '"""'))
 
 
-@pytest.mark.parametrize("name", sorted(modules("ingester", "devices", "tools", "benchmark")))
+@each(lambda: sorted(modules("ingester", "devices", "tools", "benchmark")))
 def test_no_function_is_longer_than_a_screen(name: str) -> None:
-    for node in ast.walk(modules()[name]):
+    for node in ast.walk(parsed(name)):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             lines = (node.end_lineno or 0) - node.lineno + 1
             assert lines <= FUNCTION_LINES_MAX, f"{node.name} has {lines} lines"
 
 
-@pytest.mark.parametrize("name", sorted(modules()))
+@each(lambda: sorted(modules()))
 def test_no_line_is_wider_than_100_columns(name: str) -> None:
     for number, line in enumerate(files()[name].read_text("utf-8").splitlines(), 1):
         assert len(line) <= COLUMNS_MAX, f"line {number} has {len(line)} columns"
@@ -314,10 +320,11 @@ def test_every_pin_has_the_checksums_of_wheel_and_source_at_least(folder: str) -
     assert all(len(checksums) >= 2 for checksums in pins(folder).values())
 
 
-TEXTS = [name for name in files() if not name.endswith(".png")]
+def texts() -> list[str]:
+    return [name for name in files() if not name.endswith(".png")]
 
 
-@pytest.mark.parametrize("name", TEXTS)
+@each(texts)
 def test_a_text_file_is_utf8_with_lf_endings(name: str) -> None:
     content = files()[name].read_bytes()
     assert b"\r" not in content
@@ -363,10 +370,11 @@ def git_list(tmp_path: Path, tree: Path) -> set[str]:
 # --- the documents -------------------------------------------------------------------
 
 
-DOCUMENTS = [name for name in TEXTS if name.endswith(".md")]
+def documents() -> list[str]:
+    return [name for name in texts() if name.endswith(".md")]
 
 
-@pytest.mark.parametrize("name", DOCUMENTS)
+@each(documents)
 def test_no_document_has_a_password_on_a_command_line(name: str) -> None:
     # Everybody on a machine can read those; a file of options and the environment they cannot.
     given = r"mosquitto_\w+ .*(-P|--pw) (?!/)|PASSWORD '|--password[ =]|-e \w*PASSWORD="
@@ -374,7 +382,7 @@ def test_no_document_has_a_password_on_a_command_line(name: str) -> None:
         assert not re.search(given, line), line
 
 
-@pytest.mark.parametrize("name", DOCUMENTS)
+@each(documents)
 def test_what_devices_send_is_shown_as_text(name: str) -> None:
     # Else they could write to the terminal of whoever listens. What the ingester publishes is not
     # theirs: it is JSON, without control characters.
@@ -419,6 +427,7 @@ def test_the_checkers_have_nothing_to_say(command: tuple[str, ...]) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_tests_of_one_group_run_in_one_worker(tmp_path: Path) -> None:
     """Or those that share a port would run side by side; pytest 9.2 and xdist 3.8 let them."""
     (tmp_path / "test_group.py").write_text(

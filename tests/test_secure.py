@@ -399,26 +399,38 @@ def test_an_expired_certificate_is_refused_and_renewing_fixes_it(stack: SecureSt
 # --- a hostile device ----------------------------------------------------------------
 
 
+# Each test asks for all at once: what the broker grants of it, it brings or takes all the same.
+NOT_ITS_OWN = [
+    "qs/v1/beta/events",
+    "qs/v1/alpha/acks",
+    "qs/v1/beta/acks",
+    "qs/v1/deadletter",
+    "qs/v1/ingester/status",
+    "qs/v1/alpha/events/x",
+    "$SYS/broker/version",
+]
+MORE_THAN_ITS_OWN = [
+    "#",
+    "+/+/+/+",
+    "qs/v1/#",
+    "qs/v1/beta/acks",
+    "qs/v1/+/acks",
+    "qs/v1/+/events",
+    "$SYS/#",
+    "qs/v1/deadletter",
+    "qs/v1/ingester/status",
+    "qs/v1/alpha/events",
+]
+
+
 @both_brokers
-@pytest.mark.parametrize(
-    "topic",
-    [
-        "qs/v1/beta/events",
-        "qs/v1/alpha/acks",
-        "qs/v1/beta/acks",
-        "qs/v1/deadletter",
-        "qs/v1/ingester/status",
-        "qs/v1/alpha/events/x",
-        "$SYS/broker/version",
-    ],
-)
 @pytest.mark.parametrize("retain", [False, True])
-def test_a_device_publishes_on_no_topic_but_its_own(
-    stack: SecureStack, topic: str, retain: bool
-) -> None:
+def test_a_device_publishes_on_no_topic_but_its_own(stack: SecureStack, retain: bool) -> None:
     before = rows(stack)
     with stack.client("alpha") as alpha, stack.client("beta") as beta:
-        assert alpha.publish(topic, event("forged", "beta"), retain=retain) == REFUSED
+        forged = event("forged", "beta")
+        answers = {topic: alpha.publish(topic, forged, retain=retain) for topic in NOT_ITS_OWN}
+        assert answers == dict.fromkeys(NOT_ITS_OWN, REFUSED)
         # What the broker took after it has arrived, so it would have by now.
         assert beta.ask(event("honest", "beta"))["status"] == "stored"
         assert beta.heard() == []
@@ -429,31 +441,21 @@ def test_a_device_publishes_on_no_topic_but_its_own(
 
 
 @both_brokers
-@pytest.mark.parametrize(
-    "topic",
-    [
-        "#",
-        "+/+/+/+",
-        "qs/v1/#",
-        "qs/v1/beta/acks",
-        "qs/v1/+/acks",
-        "qs/v1/+/events",
-        "$SYS/#",
-        "qs/v1/deadletter",
-        "qs/v1/ingester/status",
-        "qs/v1/alpha/events",
-    ],
-)
-def test_a_device_hears_its_own_acks_and_nothing_else(stack: SecureStack, topic: str) -> None:
+def test_a_device_hears_its_own_acks_and_nothing_else(stack: SecureStack) -> None:
     with stack.client("alpha") as alpha, stack.client("beta") as beta:
-        alpha.subscribe(topic)  # granted or not
-        number = topic.replace("/", "-")
-        assert beta.ask(event(f"secret-{number}", "beta"))["status"] == "stored"
+        for topic in MORE_THAN_ITS_OWN:
+            alpha.subscribe(topic)  # granted or not
+        assert beta.ask(event("secret", "beta"))["status"] == "stored"
         beta.send("qs/v1/beta/events", b"{}")  # makes a dead letter
         beta.messages.get(timeout=15)
-        alpha.ask(event(f"own-{number}", "alpha"))
+        own = event("own", "alpha")
+        alpha.send("qs/v1/alpha/events", own)
+        topics, last = set(), b""
+        while own["event_id"].encode() not in last:  # what came before it is heard as well
+            topic, last = alpha.messages.get(timeout=15)
+            topics.add(topic)
         # An overlapping subscription may bring its own ACK twice.
-        assert {topic for topic, _ in alpha.heard()} <= {"qs/v1/alpha/acks"}
+        assert topics | {topic for topic, _ in alpha.heard()} == {"qs/v1/alpha/acks"}
 
 
 @both_brokers

@@ -35,7 +35,8 @@ from tools.process import CHECKOUT, LOOPBACK, OPEN_FILES, Process, SetupError, f
 from tools.stack import MQTT_CONNECT, Mosquitto
 from tools.up import LogPrinter
 
-pytestmark = pytest.mark.services
+# One worker starts the stack that most tests look at, and no other has to.
+pytestmark = [pytest.mark.services, pytest.mark.xdist_group("stack")]
 
 PORTS = ("MQTT_PORT", "MQTT_WEBSOCKET_PORT", "POSTGRES_PORT")
 CONNACK = b"\x20\x02\x00\x00"

@@ -233,6 +233,7 @@ HEARD = st.tuples(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(
     st.lists(HEARD, max_size=12),

@@ -333,6 +333,7 @@ TEMPLATE_LEVEL = st.builds("{}{{device_id}}{}".format, FEW, FEW)
 )
 @settings(PATIENT, max_examples=500)
 # `//` is an ACK topic too: of the device whose id is empty.
+@pytest.mark.slow
 def test_no_device_of_topics_without_problems_is_answered_where_the_ingester_listens(
     events_before: list[str],
     events_after: list[str],

@@ -230,6 +230,7 @@ class Process:
         self.account = account
         self.log_start = 0  # where in the log the latest start begins, in bytes
         self._process: subprocess.Popen[bytes] | None = None
+        self._was_asked = False  # to stop
 
     @property
     def pid(self) -> int:
@@ -264,14 +265,20 @@ class Process:
         lines = self.log(self.log_start).splitlines()[-20:] or ["(nothing in its log)"]
         return "\n".join(f"    {line}" for line in lines)
 
+    def ask_to_stop(self) -> None:
+        """Sends it the signal, once: a second one would cut short what it does about the first."""
+        if self.running and not self._was_asked:
+            self._was_asked = True
+            self._send([self.pid], self.stop_signal)
+            if process_status(self.pid)[0] in "Tt":  # paused, it does not see the signal
+                self.resume()
+
     def stop(self, timeout: float | None = None) -> int:
         """Ends it politely, after `timeout` seconds by force; returns the exit code."""
         if self._process is None:
             return 0
         try:
-            if self.running:
-                self._send([self.pid], self.stop_signal)
-                self.resume()  # a paused process does not see the signal otherwise
+            self.ask_to_stop()
             return self._process.wait(self.stop_seconds if timeout is None else timeout)
         except subprocess.TimeoutExpired:
             return self.kill()
@@ -345,6 +352,7 @@ class Process:
         if self.running:
             raise StackError(f"{self.name} is running already")
         self.log_start = self.log_end
+        self._was_asked = False
         # Only from the main thread: the kernel takes a thread's end for the parent's.
         is_main = threading.current_thread() is threading.main_thread()
         prefix = ended_with_parent(self.stop_signal) if is_main else ()

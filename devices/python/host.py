@@ -46,11 +46,12 @@ def run(outbox: Outbox, link: PahoLink, count: int, interval_seconds: float) -> 
     next_add = time.monotonic()
     added = 0
     while not signals and (added < count or outbox.waiting()):
-        while added < count and time.monotonic() >= next_add:
+        if added < count and time.monotonic() >= next_add:
             next_add += interval_seconds
             added += 1
             say(f"kept {outbox.add('test', added)}")
-        link.loop(min(0.01, interval_seconds))
+        until_add = next_add - time.monotonic() if added < count else 1.0
+        link.loop(max(0.0, min(0.01, until_add)))
 
 
 def main() -> int:

@@ -46,6 +46,8 @@ _PIP_COMPILE = (
 _COMPOSE = "docker compose -f docker-compose.yml"
 _WEB = "overlays/web/tests types it"
 _BRIDGE = "test_bridge.py runs the bridge, with a configuration of its own"
+_GRAFANA = "needs Grafana's image; test_grafana.py has Compose read the files"
+_WITH_GRAFANA = f"{_COMPOSE} -f overlays/grafana/docker-compose.yml"
 _SUDO = "becomes root, and changes files of the machine"
 NOT_TYPED = {
     "tools/stack up": _STACK,
@@ -99,7 +101,7 @@ NOT_TYPED = {
     "tests/run --faults --write-faults": _ITSELF,
     "tests/run --fast": _ITSELF,
     "tests/run tests/test_store.py -k conflict": _ITSELF,
-    "tests/run tests/test_device_programs.py": _ITSELF,
+    "tests/run --faults tests/test_device_programs.py": _ITSELF,
     "python3 -m http.server 8000": "serves files to a board",
     "python3 -m venv .pip-tools": _NETWORK,
     ".pip-tools/bin/pip install pip-tools": _NETWORK,
@@ -130,6 +132,12 @@ NOT_TYPED = {
     "BRIDGE_STORE=/var/lib/bridge python3 -m devices.bridge bridge.toml": _BRIDGE,
     "python3 -m devices.bridge bridge.toml --dry-run": _BRIDGE,
     "overlays/secure/device add homelab-bridge": _BRIDGE,
+    f"{_WITH_GRAFANA} up -d --wait": _GRAFANA,
+    f"{_WITH_GRAFANA} exec grafana cat /telemetry/admin_password": _GRAFANA,
+    f"{_WITH_GRAFANA} exec grafana grafana cli admin reset-admin-password"
+    " --password-from-stdin": _GRAFANA,
+    f"{_COMPOSE} -f overlays/secure/docker-compose.yml -f overlays/grafana/docker-compose.yml"
+    " -f overlays/grafana/secure.yml up -d --wait": _GRAFANA,
     "git worktree add ../before COMMIT": "needs a clone with its history",
 }
 

@@ -93,7 +93,9 @@ class Pipeline:
         return Device(self.mosquitto.port, device_id, **options)
 
     def close(self) -> None:
-        """Stop the ingester; a test whose ingester ended by itself fails here."""
+        """Stop ingester and broker; a test whose ingester ended by itself fails here."""
+        self.ingester.ask_to_stop()
+        self.mosquitto.stop()  # which wakes it: else it looks for a signal twice a second
         code = self.ingester.stop()
         assert code in (0, -signal.SIGKILL), f"exit code {code}\n{self.ingester.log_tail()}"
 

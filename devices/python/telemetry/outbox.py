@@ -119,6 +119,7 @@ class Outbox:
         self._sequences: dict[str, int] = {}  # the last of each device in this boot
         self._lanes: dict[str, Lane] = {}  # of each device that has events waiting
         self._ready: dict[str, None] = {}  # devices with nothing in flight, in their order
+        self._in_flight = 0  # events of all lanes
         self._unforgotten: set[str] = set()  # answered, but the disk was full
         self._dropped = 0
         self._refused = 0
@@ -268,14 +269,10 @@ class Outbox:
         if now >= self._next_due:
             self._find_overdue(now)
         messages: list[Message] = []
-        if not self._ready:
-            return messages
-        in_flight = sum(len(lane.in_flight) for lane in self._lanes.values())
-        while self._ready and in_flight < IN_FLIGHT_EVENTS_MAX:
+        while self._ready and self._in_flight < IN_FLIGHT_EVENTS_MAX:
             device_id = next(iter(self._ready))
             del self._ready[device_id]
             batch = self._next_batch(device_id, now)
-            in_flight += len(batch)
             if batch:
                 topic = self._events_topic.replace(DEVICE, device_id)
                 messages.append(Message(topic, payload_of(batch)))
@@ -389,6 +386,7 @@ class Outbox:
             lane.in_flight.add(event.event_id)
         if not batch:
             return []
+        self._in_flight += len(batch)
         if lane.silent:
             # Perhaps the answer is too large for the way back: fewer are answered shorter.
             lane.batch = max(1, len(batch) // 2)
@@ -415,6 +413,7 @@ class Outbox:
 
     def _land(self, device_id: str, lane: Lane) -> None:
         """Take what is in flight for not sent."""
+        self._in_flight -= len(lane.in_flight)
         lane.in_flight.clear()
         if lane.waiting:
             self._ready[device_id] = None
@@ -449,7 +448,9 @@ class Outbox:
         lane = self._lanes[device_id]
         lane.waiting -= 1
         lane.bytes -= size
-        lane.in_flight.discard(event_id)
+        if event_id in lane.in_flight:
+            lane.in_flight.remove(event_id)
+            self._in_flight -= 1
         if lane.waiting == 0:
             del self._lanes[device_id]
             self._ready.pop(device_id, None)

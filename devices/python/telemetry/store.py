@@ -47,6 +47,7 @@ CREATE TABLE lost (
 );
 """
 LOCK_SECONDS = 1.0  # how long another program may hold the file, until that is an error
+WAL_BYTES_MAX = 4 * 1024 * 1024  # after a larger transaction it is cut off again
 DAMAGED_MAX = 4  # that are kept; older ones go
 RUNS_MAX = 1_000  # of lost events, that are remembered until they are told
 
@@ -97,7 +98,10 @@ class Store:
     def _locked(self) -> int | None:
         """Take the folder for this process alone; the kernel gives it back, also at kill -9."""
         try:
+            missing = [it for it in (self.folder, *self.folder.parents) if not it.exists()]
             self.folder.mkdir(parents=True, exist_ok=True)
+            for made in missing:  # else a power cut could take the whole folder away
+                sync(made.parent)
             lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except OSError as error:
             raise file_error(error, self.folder) from None
@@ -141,6 +145,7 @@ class Store:
 
     def _begin_boot(self, connection: sqlite3.Connection) -> None:
         connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute(f"PRAGMA journal_size_limit = {WAL_BYTES_MAX}")
         with self.transaction(durable=True):
             if not connection.execute("SELECT 1 FROM sqlite_schema").fetchone():
                 for statement in SCHEMA.split(";"):

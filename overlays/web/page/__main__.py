@@ -5,9 +5,11 @@ What it does: reads the environment and serves HTTP until it is told to end. Set
 WEB_HOSTS. What it does not: serve HTTPS, or more than its threads at once.
 """
 
+import logging
 import os
 import signal
 import sys
+import time
 
 from waitress import serve
 
@@ -20,8 +22,13 @@ LISTEN_DEFAULT = "127.0.0.1:8080"
 def main() -> None:
     """Serve until SIGTERM or Ctrl-C."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    logging.Formatter.converter = time.gmtime
+    logging.basicConfig(
+        level=logging.INFO,
+        format="%(asctime)s.%(msecs)03dZ %(levelname)s %(message)s",
+        datefmt="%Y-%m-%dT%H:%M:%S",
+    )
     listen = os.environ.get("WEB_LISTEN") or LISTEN_DEFAULT
-    print(f"listening on {listen}", flush=True)
     # More threads than connections, so that what needs no database is answered meanwhile.
     serve(make_app(Database()), listen=listen, threads=2 * CONNECTIONS_MAX, ident="")
 

@@ -17,10 +17,10 @@ from typing import Any
 from urllib.parse import urlencode
 
 from flask import Flask, Response, jsonify, render_template, request, send_from_directory
-from werkzeug.exceptions import BadRequest, HTTPException
+from werkzeug.exceptions import BadRequest, HTTPException, SecurityError
 
 from page import health, letters, readings, text
-from page.database import Database, Unavailable
+from page.database import Database, TooSlow, Unavailable
 from page.period import RANGES, BadPeriod, Period, read_period
 
 # What is shown at once; the search finds the others.
@@ -113,7 +113,8 @@ def _add_pages(app: Flask, database: Database) -> None:
         ]
         if request.args.get("sort") == "heard":
             found.sort(key=lambda device: device.last_seen_at, reverse=True)
-        start = max(0, request.args.get("start", 0, int))
+        last_page = max(0, len(found) - 1) // DEVICES_A_PAGE * DEVICES_A_PAGE
+        start = min(max(0, request.args.get("start", 0, int)), last_page)
         return render_template(
             "devices.html",
             shown=found[start : start + DEVICES_A_PAGE],
@@ -132,15 +133,13 @@ def _add_pages(app: Flask, database: Database) -> None:
         names = _names("id", readings.DEVICES_MAX)
         period = _period()
         ids = [("id", name) for name in names]
-        every = readings.devices(database)
-        shown = [device for device in every if device.id in names]
+        shown = readings.devices(database, names)
         shown.sort(key=lambda device: names.index(device.id))
         return render_template(
             "device.html",
             names=names,
             shown=shown,
             types=sorted({reading.type for device in shown for reading in device.readings}),
-            others=[device.id for device in every if device.id not in names],
             may_add=len(names) < readings.DEVICES_MAX,
             period=period,
             ranges={name: _address("/device", [*ids, ("range", name)]) for name in RANGES},
@@ -167,7 +166,8 @@ def _add_pages(app: Flask, database: Database) -> None:
             "health.html",
             newest=health.newest(database),
             rate_hours=health.RATE_HOURS,
-            silent=[device for device in readings.devices(database) if device.is_silent],
+            missing_days=health.MISSING_DAYS,
+            silent=health.silent(database),
         )
 
 
@@ -184,6 +184,10 @@ def _period_pairs(period: Period) -> list[tuple[str, str]]:
 
 
 def _add_data(app: Flask, database: Database) -> None:
+    @app.get("/devices.json")
+    def device_ids() -> Response:
+        return jsonify(readings.device_ids(database))
+
     @app.get("/sparklines.json")
     def sparklines() -> Response:
         names = _names("id", readings.SPARKLINE_DEVICES_MAX)
@@ -265,7 +269,14 @@ def _iso(seconds: float) -> str:
 def _add_errors(app: Flask) -> None:
     @app.errorhandler(Unavailable)
     def unavailable(error: Unavailable) -> tuple[Response | str, int]:
-        return _problem(str(error), 503)
+        # The script waits longer after a 504, which has cost the database something.
+        return _problem(str(error), 504 if isinstance(error, TooSlow) else 503)
+
+    @app.errorhandler(SecurityError)
+    def refused_host(error: SecurityError) -> tuple[str, int, dict[str, str]]:
+        # Not a page: without a host there are no addresses to put into one.
+        message = "This page does not answer to this host name; WEB_HOSTS says to which.\n"
+        return message, 400, {"Content-Type": "text/plain"}
 
     @app.errorhandler(HTTPException)
     def refused(error: HTTPException) -> tuple[Response | str, int]:
@@ -277,7 +288,8 @@ def _add_errors(app: Flask) -> None:
         response.headers["X-Content-Type-Options"] = "nosniff"
         response.headers["Referrer-Policy"] = "no-referrer"
         response.headers["Cross-Origin-Resource-Policy"] = "same-origin"
-        if request.endpoint not in ("static", "chart_library"):
+        is_static = request.endpoint in ("static", "chart_library")
+        if not is_static or response.status_code >= 400:
             response.headers["Cache-Control"] = "no-store"
         return response
 

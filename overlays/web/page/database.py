@@ -6,6 +6,7 @@ or wait for a database that is away: whoever asks within two seconds of a failur
 Invariant: nothing waits here longer than the deadlines below.
 """
 
+import logging
 import queue
 import select
 import threading
@@ -33,10 +34,15 @@ SESSION = (
 )
 
 Row = Mapping[str, Any]
+log = logging.getLogger("web")
 
 
 class Unavailable(Exception):
     """The database cannot answer; the text says why, for whoever looks at the page."""
+
+
+class TooSlow(Unavailable):
+    """It would take longer than STATEMENT_SECONDS: the database works, and worked in vain."""
 
 
 class DeadlinePassed(Exception):
@@ -110,6 +116,9 @@ class Database:
         except DeadlinePassed:
             raise self._is_away("The database cannot be reached: it does not answer.") from None
         connection.autocommit = True
+        if self._why:
+            self._why = ""
+            log.info("the database answers again")
         return connection
 
     def _ask(
@@ -121,9 +130,9 @@ class Database:
                 cursor.execute(sql, parameters)
                 return list(cursor.fetchall())
         except psycopg2.extensions.QueryCanceledError:
-            raise Unavailable(
-                f"This takes the database longer than {STATEMENT_SECONDS} s. "
-                "A shorter period may do."
+            raise TooSlow(
+                f"This takes the database longer than {STATEMENT_SECONDS} s: it is busy, or there "
+                "is more to read than it can in that time."
             ) from None
         except psycopg2.errors.InsufficientPrivilege as error:
             raise _unavailable(error) from None
@@ -134,6 +143,8 @@ class Database:
             raise self._is_away("The database does not answer.") from None
 
     def _is_away(self, why: str) -> Unavailable:
+        if why != self._why:  # not once for each who asks
+            log.warning("%s", why)
         self._why = why
         self._away_until = time.monotonic() + AWAY_SECONDS
         return Unavailable(why)

@@ -4,13 +4,15 @@ What it does: asks the views. What it does not: know HTTP or HTML, or tell wheth
 runs: an ingester without events looks the same.
 """
 
+from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
-from page.database import Database
+from page.database import Database, Row
 from page.text import visible
 
 RATE_HOURS = 6
+MISSING_DAYS = 7
 MISSING_MAX = 200
 
 
@@ -18,6 +20,13 @@ def newest(database: Database) -> datetime | None:
     """Return when the newest row was stored; None if there is none. Raises Unavailable."""
     rows = database.rows("SELECT ts_server FROM events ORDER BY ts_server DESC LIMIT 1")
     return rows[0]["ts_server"] if rows else None
+
+
+def silent(database: Database) -> Sequence[Row]:
+    """Return the `id` of each silent device and its `last_seen_at`. Raises Unavailable."""
+    return database.rows(
+        "SELECT device_id AS id, last_seen_at FROM silent_devices ORDER BY device_id"
+    )
 
 
 def events_per_minute(database: Database, now: datetime) -> dict[str, Any]:
@@ -29,8 +38,7 @@ def events_per_minute(database: Database, now: datetime) -> dict[str, Any]:
     since = until - timedelta(hours=RATE_HOURS)
     rows = database.rows(
         """
-        SELECT extract(epoch FROM date_trunc('minute', ts_server))::float8 AS minute,
-            count(*) AS events
+        SELECT date_bin('1 minute', ts_server, %(since)s) AS minute, count(*) AS events
         FROM events
         WHERE ts_server >= %(since)s AND ts_server < %(until)s
         GROUP BY 1
@@ -38,7 +46,7 @@ def events_per_minute(database: Database, now: datetime) -> dict[str, Any]:
         since=since,
         until=until,
     )
-    counts = {row["minute"]: row["events"] for row in rows}
+    counts = {row["minute"].timestamp(): row["events"] for row in rows}
     minutes = [since.timestamp() + 60.0 * minute for minute in range(RATE_HOURS * 60)]
     return {"at": minutes, "events": [counts.get(minute, 0) for minute in minutes]}
 
@@ -56,18 +64,27 @@ def latency(database: Database) -> list[dict[str, Any]]:
 
 
 def missing(database: Database) -> dict[str, Any]:
-    """Return the gaps of missing_events, at most MISSING_MAX of them, and how many there are.
+    """Return the gaps that showed in the last MISSING_DAYS, at most MISSING_MAX, and how many.
 
-    Raises Unavailable.
+    The view missing_events would have all there ever were, and reads all of events for it, which
+    takes too long to look at. Raises Unavailable.
     """
     rows = database.rows(
         f"""
-        SELECT *, count(*) OVER () AS gaps,
+        SELECT missing.*, count(*) OVER () AS gaps,
             sum(last_sequence - first_sequence + 1) OVER ()::float8 AS events
-        FROM missing_events
-        ORDER BY device_id, boot, first_sequence
+        FROM (
+            -- Those that number their events and were heard of since.
+            SELECT DISTINCT device_id
+            FROM latest_values
+            WHERE ts_server >= now() - %(period)s AND has_sequence(event_id, device_id)
+        ) AS numbering
+        CROSS JOIN LATERAL
+            missing_events(numbering.device_id, now() - %(period)s, 'infinity') AS missing
+        ORDER BY missing.device_id, boot, first_sequence
         LIMIT {MISSING_MAX}
-        """
+        """,
+        period=timedelta(days=MISSING_DAYS),
     )
     return {
         "gaps": rows[0]["gaps"] if rows else 0,

@@ -22,16 +22,32 @@ DEVICES_MAX = 8  # in one chart: as many as there are colours
 SPARKLINE_STEPS = 48
 SPARKLINE_DEVICES_MAX = 50
 
-# An event has its place in time by event_time(): the device's clock where it can be right, else
-# the database's. It is one of the two, so the second line takes nothing away; an index knows each.
+# The events of a device and type that happened in a period, by event_time(): the device's clock
+# where it can be right, else the database's. By index, and as few as that takes: a clock counts
+# if it is ahead by an hour at most, so what came in earlier is not of the period; what came in
+# after it is, if it was late. OFFSET 0, so that event_time(), the dear part, is asked once.
 IN_PERIOD = """
-    device_id = %(device)s AND event_type = %(type)s
-    AND (ts_device >= %(since)s AND ts_device < %(until)s
-        OR ts_server >= %(since)s AND ts_server < %(until)s)
-    AND event_time(ts_device, ts_server) >= %(since)s
-    AND event_time(ts_device, ts_server) < %(until)s
+    (
+        SELECT event_id, value_num, value_text, unit, ts_server,
+            event_time(ts_device, ts_server) AS happened_at
+        FROM events
+        WHERE device_id = %(device)s AND event_type = %(type)s
+            AND ts_server >= %(since)s - INTERVAL '1 hour' AND ts_server < %(until)s
+        UNION ALL
+        SELECT event_id, value_num, value_text, unit, ts_server,
+            event_time(ts_device, ts_server)
+        FROM events
+        WHERE device_id = %(device)s AND event_type = %(type)s
+            AND ts_server >= %(until)s AND ts_device >= %(since)s AND ts_device < %(until)s
+        OFFSET 0
+    ) AS found
+    WHERE happened_at >= %(since)s AND happened_at < %(until)s
 """
-SECONDS = "extract(epoch FROM event_time(ts_device, ts_server))::float8"
+# extract() would come by way of a NUMERIC, which takes several times as long.
+SECONDS = "date_part('epoch', happened_at)"
+# So many events before a period may the text be away that holds when it begins. A type of numbers
+# has none, and without a limit all that it ever sent would be read for it.
+EVENTS_BEFORE = 20
 
 
 @dataclass(frozen=True)
@@ -41,7 +57,6 @@ class Reading:
     type: str
     value: str
     unit: str
-    at: datetime
     is_number: bool
 
 
@@ -51,32 +66,50 @@ class Device:
 
     id: str
     last_seen_at: datetime
-    readings: Sequence[Reading]
+    latest: Sequence[Row]
     is_silent: bool
     usual_pause_seconds: float | None
 
+    @property
+    def readings(self) -> list[Reading]:
+        """Its last values by type. Made when they are shown: of a thousand devices few are."""
+        return sorted(map(_reading, self.latest), key=lambda reading: reading.type)
 
-def devices(database: Database) -> list[Device]:
-    """Return all devices, by name. Raises Unavailable."""
-    latest: dict[str, list[Reading]] = {}
+
+def devices(database: Database, names: Sequence[str] | None = None) -> list[Device]:
+    """Return the devices that are named, or all, by name. Raises Unavailable."""
+    wanted = "" if names is None else "WHERE device_id = ANY(%(names)s)"
+    latest: dict[str, list[Row]] = {}
     for row in database.rows(
-        "SELECT device_id, event_type, value_num, value_text, unit, ts_server FROM latest_values"
+        f"""
+        SELECT device_id, event_type, value_num, value_text, unit, ts_server
+        FROM latest_values {wanted}
+        """,
+        names=names,
     ):
-        latest.setdefault(row["device_id"], []).append(_reading(row))
+        latest.setdefault(row["device_id"], []).append(row)
     silent = {
         row["device_id"]: row["usual_pause"]
-        for row in database.rows("SELECT device_id, usual_pause FROM silent_devices")
+        for row in database.rows(
+            f"SELECT device_id, usual_pause FROM silent_devices {wanted}", names=names
+        )
     }
     return [
         Device(
             id=name,
-            last_seen_at=max(reading.at for reading in latest[name]),
-            readings=sorted(latest[name], key=lambda reading: reading.type),
+            last_seen_at=max(row["ts_server"] for row in latest[name]),
+            latest=latest[name],
             is_silent=name in silent,
             usual_pause_seconds=pause.total_seconds() if (pause := silent.get(name)) else None,
         )
         for name in sorted(latest)
     ]
+
+
+def device_ids(database: Database) -> list[str]:
+    """Return the ids of all devices, in order. Raises Unavailable."""
+    rows = database.rows("SELECT DISTINCT device_id FROM event_types_heard")
+    return sorted(row["device_id"] for row in rows)
 
 
 def _reading(row: Row) -> Reading:
@@ -88,7 +121,7 @@ def _reading(row: Row) -> Reading:
         value = "empty"
     unit = visible(row["unit"] or "")
     is_number = row["value_num"] is not None
-    return Reading(row["event_type"], value, unit, row["ts_server"], is_number)
+    return Reading(row["event_type"], value, unit, is_number)
 
 
 def sparklines(
@@ -101,11 +134,15 @@ def sparklines(
     """
     found: dict[str, dict[str, list[float | None]]] = {}
     rows = database.rows(
-        f"""
+        """
         SELECT device_id, event_type, means.step, means.mean
         FROM event_types_heard AS heard
         CROSS JOIN LATERAL (
-            SELECT floor(({SECONDS} - %(since_seconds)s) / %(step)s)::int AS step,
+            SELECT
+                floor(
+                    (date_part('epoch', event_time(ts_device, ts_server)) - %(since_seconds)s)
+                    / %(step)s
+                )::int AS step,
                 avg(value_num) AS mean
             FROM events
             WHERE events.device_id = heard.device_id AND events.event_type = heard.event_type
@@ -182,19 +219,27 @@ def chart(database: Database, names: Sequence[str], event_type: str, period: Per
         {"device": name, "type": event_type, "since": period.since, "until": period.until}
         for name in names
     ]
+    has_texts = True
     if all(_count(database, share, chosen) <= share for chosen in parameters):
         step = 0
         lines = [line for chosen in parameters for line in _readings(database, chosen)]
     else:
         step = step_seconds(period, share // 3)
-        lines = [line for chosen in parameters for line in _means(database, step, chosen)]
-    states = {}
+        lines = []
+        has_texts = False
+        for chosen in parameters:
+            found, texts = _means(database, step, chosen)
+            lines += found
+            has_texts |= texts > 0
+    states: dict[str, Sequence[State]] = {}
     truncated = []
     for chosen in parameters:
-        changes = _changes(database, share, chosen)
+        changes: Sequence[State] = _changes(database, share, chosen) if has_texts else []
         if len(changes) > share:
             changes = changes[1:]
             truncated.append(str(chosen["device"]))
+        else:
+            changes = _with_state_before(database, chosen, changes)
         if changes:
             states[str(chosen["device"])] = changes
     return Chart(event_type, period, step, lines, states, truncated)
@@ -205,7 +250,7 @@ def _count(database: Database, most: int, parameters: Row) -> int:
     (row,) = database.rows(
         f"""
         SELECT count(*) FROM (
-            SELECT FROM events WHERE {IN_PERIOD} AND value_num IS NOT NULL LIMIT {most + 1}
+            SELECT FROM {IN_PERIOD} AND value_num IS NOT NULL LIMIT {most + 1}
         ) AS found
         """,
         **parameters,
@@ -220,8 +265,7 @@ def _readings(database: Database, parameters: Row) -> list[Line]:
             f"""
             SELECT unit, {SECONDS} AS at, value_num AS mean, value_num AS least,
                 value_num AS greatest
-            FROM events
-            WHERE {IN_PERIOD} AND value_num IS NOT NULL
+            FROM {IN_PERIOD} AND value_num IS NOT NULL
             ORDER BY at, ts_server, length(event_id), event_id
             """,
             **parameters,
@@ -229,28 +273,29 @@ def _readings(database: Database, parameters: Row) -> list[Line]:
     )
 
 
-def _means(database: Database, step: int, parameters: Row) -> list[Line]:
+def _means(database: Database, step: int, parameters: Row) -> tuple[list[Line], int]:
+    """The lines, and how many texts there are besides."""
     # A mean overflows with a value of 1e200, say, and one silly reading must not take the others
     # away; where all of a step are such, its middle stands for them.
-    return _lines(
-        parameters,
-        database.rows(
-            f"""
-            SELECT unit, floor({SECONDS} / %(step)s) * %(step)s + %(step)s / 2.0::float8 AS at,
-                coalesce(
-                    avg(value_num) FILTER (WHERE abs(value_num) < 1e100),
-                    min(value_num) / 2 + max(value_num) / 2
-                ) AS mean,
-                min(value_num) AS least, max(value_num) AS greatest
-            FROM events
-            WHERE {IN_PERIOD} AND value_num IS NOT NULL
-            GROUP BY unit, 2
-            ORDER BY 2
-            """,
-            step=step,
-            **parameters,
-        ),
+    # The database takes the steps for about as many as the readings, and would sort these, on the
+    # disk if there are millions. So the few that it finds are sorted here.
+    rows = database.rows(
+        f"""
+        SET LOCAL enable_sort = off;
+        SELECT unit, floor({SECONDS} / %(step)s) * %(step)s + %(step)s / 2.0::float8 AS at,
+            coalesce(
+                avg(value_num) FILTER (WHERE abs(value_num) < 1e100),
+                min(value_num) / 2 + max(value_num) / 2
+            ) AS mean,
+            min(value_num) AS least, max(value_num) AS greatest, count(value_text) AS texts
+        FROM {IN_PERIOD}
+        GROUP BY unit, 2
+        """,
+        step=step,
+        **parameters,
     )
+    numbers = sorted((row for row in rows if row["mean"] is not None), key=lambda row: row["at"])
+    return _lines(parameters, numbers), sum(row["texts"] for row in rows)
 
 
 def _lines(parameters: Row, rows: Iterable[Row]) -> list[Line]:
@@ -261,8 +306,8 @@ def _lines(parameters: Row, rows: Iterable[Row]) -> list[Line]:
     return [Line(parameters["device"], unit, points[unit]) for unit in sorted(points)]
 
 
-def _changes(database: Database, most: int, parameters: Row) -> list[State]:
-    """The texts of a period where they differ from the one before; what held when it began first.
+def _changes(database: Database, most: int, parameters: Row) -> Sequence[State]:
+    """The texts of a period where they differ from the one before.
 
     If there are more than `most`, the last of them and one more.
     """
@@ -271,10 +316,9 @@ def _changes(database: Database, most: int, parameters: Row) -> list[State]:
         SELECT at, value_text FROM (
             SELECT {SECONDS} AS at, value_text,
                 lag(value_text) OVER (
-                    ORDER BY event_time(ts_device, ts_server), ts_server, length(event_id), event_id
+                    ORDER BY happened_at, ts_server, length(event_id), event_id
                 ) AS previous
-            FROM events
-            WHERE {IN_PERIOD} AND value_text IS NOT NULL
+            FROM {IN_PERIOD} AND value_text IS NOT NULL
         ) AS texts
         WHERE value_text IS DISTINCT FROM previous
         ORDER BY at DESC
@@ -282,25 +326,35 @@ def _changes(database: Database, most: int, parameters: Row) -> list[State]:
         """,
         **parameters,
     )
-    states = [State(row["at"], row["value_text"]) for row in reversed(rows)]
-    if len(states) <= most:
-        before = database.rows(
-            """
-            SELECT value_text
+    return [State(row["at"], row["value_text"]) for row in reversed(rows)]
+
+
+def _with_state_before(
+    database: Database, parameters: Row, changes: Sequence[State]
+) -> Sequence[State]:
+    """The same, begun by what held when the period did."""
+    before = database.rows(
+        f"""
+        SELECT value_text
+        FROM (
+            SELECT value_text, ts_device, ts_server
             FROM events
-            WHERE device_id = %(device)s AND event_type = %(type)s AND value_text IS NOT NULL
-                AND ts_server < %(since)s
-            ORDER BY ts_server DESC, ts_device DESC NULLS LAST
-            LIMIT 1
-            """,
-            **parameters,
-        )
-        for row in before:
-            if not states or states[0].text != row["value_text"]:
-                states.insert(0, State(parameters["since"].timestamp(), row["value_text"]))
-            else:
-                states[0] = State(parameters["since"].timestamp(), row["value_text"])
-    return states
+            WHERE device_id = %(device)s AND event_type = %(type)s AND ts_server < %(since)s
+            ORDER BY ts_server DESC
+            FETCH FIRST {EVENTS_BEFORE} ROWS WITH TIES
+        ) AS events_before
+        WHERE value_text IS NOT NULL
+        ORDER BY ts_server DESC, ts_device DESC NULLS LAST
+        LIMIT 1
+        """,
+        **parameters,
+    )
+    for row in before:
+        state = State(parameters["since"].timestamp(), row["value_text"])
+        if changes and changes[0].text == state.text:
+            return [state, *changes[1:]]
+        return [state, *changes]
+    return changes
 
 
 # --- as JSON ---------------------------------------------------------------------------

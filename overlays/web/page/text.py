@@ -14,16 +14,25 @@ from decimal import Decimal
 # Controls, format characters (the overrides of reading direction are among them), surrogates,
 # and the separators of lines and paragraphs.
 INVISIBLE = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
+# Letters and marks that are drawn as nothing, too (Unicode: Default_Ignorable_Code_Point). The two
+# stay that say whether the sign before them is drawn as text or as a picture, which is seen.
+BLANK = {0x034F, 0x115F, 0x1160, 0x17B4, 0x17B5, 0x3164, 0xFFA0} | {
+    code
+    for first, last in ((0x180B, 0x180F), (0xFE00, 0xFE0D), (0xE0100, 0xE01EF))
+    for code in range(first, last + 1)
+}
 # The precision of a 32-bit float, in which most sensors measure: half of the last of 24 bits.
 FLOAT32_PRECISION = 2.0**-24
-DECIMALS_MAX = 12
+DECIMALS_MAX = 13  # half of the last is less than FLOAT32_PRECISION of 1e-6
 
 
 def visible(text: str) -> str:
     """Write what cannot be seen as an escape: a line feed as \\x0a, U+202E as \\u202e."""
-    return "".join(
-        _escape(ord(char)) if unicodedata.category(char) in INVISIBLE else char for char in text
-    )
+    return "".join(_escape(ord(char)) if _is_invisible(char) else char for char in text)
+
+
+def _is_invisible(char: str) -> bool:
+    return unicodedata.category(char) in INVISIBLE or ord(char) in BLANK
 
 
 def visible_bytes(payload: bytes | memoryview) -> str:

@@ -157,6 +157,7 @@ class Chart {
       if (!(error instanceof Problem)) throw error;
       this.isDue = true;
       if (asked === location.search) this.say(error.message);
+      if (!error.hasCost) return 0;
     }
     return performance.now() - started;
   }
@@ -497,7 +498,7 @@ function periodChanged() {
   refresh(); // its links and buttons are the server's
 }
 
-// A step of a year is half a day; to look every five seconds whether it changed is of no use.
+// A step of a year is a day; to look every five seconds whether it changed is of no use.
 function pauseMs() {
   const steps = [...charts.values()].map(({ data }) => data?.step_seconds ?? 0);
   return Math.max(REFRESH_MS, 100 * Math.max(0, ...steps));
@@ -528,6 +529,19 @@ document.addEventListener("submit", (event) => {
     const wanted = parameters();
     wanted.append("id", event.target.elements[event.target.elements.length - 2].value);
     location.search = String(wanted);
+  }
+});
+
+// The names of the other devices, of which there may be a thousand, only when they are of use.
+document.addEventListener("focusin", async ({ target }) => {
+  const names = target.matches("form.compare input") ? target.list : null;
+  if (!names || names.options.length) return;
+  try {
+    const shown = parameters().getAll("id");
+    const others = (await getJson("/devices.json")).filter((id) => !shown.includes(id));
+    names.replaceChildren(...others.map((id) => Object.assign(new Option(), { value: id })));
+  } catch (error) {
+    if (!(error instanceof Problem)) throw error; // the next refresh says what is wrong
   }
 });
 

@@ -22,6 +22,7 @@ function panel(id, address, pauseMs, make) {
     } catch (error) {
       if (!(error instanceof Problem)) throw error;
       place.replaceChildren(element("p", error.message, "warning"));
+      if (!error.hasCost) return 0;
     }
     return performance.now() - started;
   };
@@ -98,7 +99,7 @@ panel("latency", "/latency.json", 60_000, (place, hours) => {
   const rows = hours.map(({ hour, events, ...times }) => {
     const date = new Date(hour * 1000);
     const named = ["p50", "p95", "p99", "max"].map((name) => seconds(times[name]));
-    return [`${day(date)} ${clockTime(date)}`, String(events), ...named];
+    return [`${day(date).slice(5)} ${clockTime(date)}`, String(events), ...named];
   });
   place.replaceChildren(table(["hour", "events", "p50", "p95", "p99", "max"], rows));
 });

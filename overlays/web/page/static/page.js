@@ -57,13 +57,20 @@ function showTimes(root) {
 
 // --- up to date ----------------------------------------------------------------------
 
-export class Problem extends Error {}
+export class Problem extends Error {
+  constructor(text, status) {
+    super(text);
+    // Else the database is away, and asking again soon costs it nothing.
+    this.hasCost = status === 504;
+  }
+}
 
 // What an address answers, as JSON; throws Problem, with a text for people.
 export async function getJson(address) {
   const response = await answer(address);
   const body = await response.json().catch(() => ({}));
-  if (!response.ok) throw new Problem(body.problem ?? `${address}: ${response.status}`);
+  const { ok, status } = response;
+  if (!ok) throw new Problem(body.problem ?? `${address}: ${status}`, status);
   return body;
 }
 
@@ -116,7 +123,8 @@ function become(element, wanted) {
 }
 
 function keyOf(node) {
-  return node.dataset?.key ?? (node.id || undefined);
+  // Not node.id: of a form with a field named so that is the field.
+  return node.dataset?.key ?? node.getAttribute?.("id") ?? undefined;
 }
 
 let refreshing = null;
@@ -141,7 +149,7 @@ async function refreshOnce() {
     const wanted = new DOMParser().parseFromString(await response.text(), "text/html");
     if (address !== location.href) return performance.now() - started;
     const problem = wanted.getElementById("problem");
-    if (problem) throw new Problem(problem.textContent);
+    if (problem) throw new Problem(problem.textContent, response.status);
     // A view that began with trouble has no scripts of its own yet.
     if (document.getElementById("problem")) location.reload();
     showTrouble("");
@@ -155,6 +163,7 @@ async function refreshOnce() {
     const own = document.getElementById("problem");
     if (own) own.textContent = error.message;
     else showTrouble(error.message);
+    if (!error.hasCost) return 0;
   }
   return performance.now() - started;
 }
@@ -198,16 +207,25 @@ function sparkline(means) {
   const range = Math.max(...values) - least || 1;
   const y = (mean) => (15 - (14 * (mean - least)) / range).toFixed(2);
   let path = "";
+  let alone = "";
   means.forEach((mean, place) => {
     if (mean === null) return;
-    const follows = place > 0 && means[place - 1] !== null;
-    // A step beside which there is nothing: a line without length, which is drawn as a dot.
-    path += follows ? `L${place + 0.5} ${y(mean)}` : `M${place + 0.5} ${y(mean)}h0`;
+    const [before, after] = [means[place - 1] ?? null, means[place + 1] ?? null];
+    const point = `${place + 0.5} ${y(mean)}`;
+    // A line without length is drawn as a dot.
+    if (before === null && after === null) alone += `M${point}h0`;
+    else path += before === null ? `M${point}` : `L${point}`;
   });
   const drawing = svg("svg", { viewBox: `0 0 ${means.length} 16`, preserveAspectRatio: "none" });
   drawing.setAttribute("aria-hidden", "true");
-  drawing.append(svg("path", { d: path }));
+  if (path) drawing.append(svg("path", { d: path }));
+  if (alone) drawing.append(svg("path", { d: alone, class: "alone" }));
   return drawing;
+}
+
+// What devices are called may be `constructor`, or whatever else each object has.
+function own(object, name) {
+  return object && Object.hasOwn(object, name) ? object[name] : undefined;
 }
 
 const drawnAt = new WeakMap();
@@ -226,7 +244,7 @@ async function drawSparklines() {
       const lines = await getJson(`/sparklines.json?${new URLSearchParams(query)}`);
       for (const row of rows) {
         for (const place of row.querySelectorAll(".sparkline")) {
-          const means = lines[row.dataset.device]?.[place.dataset.type];
+          const means = own(own(lines, row.dataset.device), place.dataset.type);
           place.replaceChildren(...(means ? [sparkline(means)] : []));
         }
       }
