@@ -80,11 +80,15 @@ class Session:
             if time.monotonic() >= self._connect_at:
                 self._connect()
             return []
-        while self._is_readable():
+        has_more = self._is_readable()
+        while has_more and self._client is not None:
+            before = len(self._arrived)
             if not self._is_fine(self._client.loop_read()):
                 return []
             if len(self._arrived) >= BATCH_MESSAGES_MAX or self._bytes >= BATCH_BYTES_MAX:
                 break
+            # Behind a message there is mostly another one, so the kernel is not asked first.
+            has_more = len(self._arrived) > before or self._is_readable()
         self.keep_alive()
         if self._client is None:
             return []

@@ -8,6 +8,7 @@ Invariant: any bytes on any topic give a Translation, never an exception, by wor
 and each reading is one that the ingester takes.
 """
 
+import hashlib
 import json
 import re
 from collections import OrderedDict
@@ -22,9 +23,9 @@ from devices.bridge.source import Place, Source, Sources
 from devices.bridge.units import LearntUnits
 from devices.bridge.value import TEXT_CHARS_MAX, of_json, of_text, storable, unit_name
 
-# Bytes. Zigbee2MQTT's list of devices can have hundreds of kB, and is no reading.
+# Bytes. Zigbee2MQTT's list of devices can have some MB, and is no reading.
 PAYLOAD_BYTES_MAX = 65_536
-LEARNT_BYTES_MAX = 8_388_608
+LEARNT_BYTES_MAX = 4_194_304
 NODES_MAX = 2_000
 READINGS_MAX = 500
 DEPTH_MAX = 16
@@ -344,10 +345,11 @@ class Translator:
         # What the broker delivers again was perhaps never stored.
         if not source.preset.repeat_seconds or message.is_redelivered:
             return False
-        key = f"{message.topic}\0".encode("utf-8", "replace") + message.payload
+        text = f"{message.topic}\0".encode("utf-8", "replace") + message.payload
+        key = hashlib.blake2b(text, digest_size=16).digest()
         before = self._messages.pop(key, None)
         self._messages[key] = received_at
-        if len(self._messages) > REMEMBERED_MAX // 10:
+        if len(self._messages) > REMEMBERED_MAX:
             self._messages.popitem(last=False)
         within = timedelta(seconds=source.preset.repeat_seconds)
         return before is not None and timedelta(0) <= received_at - before <= within

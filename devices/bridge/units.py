@@ -12,6 +12,7 @@ from typing import Any
 from devices.bridge.value import unit_name
 
 UNITS_MAX = 50_000
+CHARS_MAX = 1_500  # of a topic and a path
 # Of nested `features` and `components`.
 _DEPTH_MAX = 4
 
@@ -38,7 +39,8 @@ class LearntUnits:
     def learn(self, topic: str, path: str, unit: Any) -> None:
         """Note a unit, if it is one."""
         if isinstance(unit, str) and (name := unit_name(unit)):
-            if (topic, path) not in self._units and len(self._units) >= UNITS_MAX:
+            is_new = (topic, path) not in self._units
+            if len(topic) + len(path) > CHARS_MAX or (is_new and len(self._units) >= UNITS_MAX):
                 return
             self._units[topic, path] = name
 
