@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 from devices.bridge.bridge import Bridge
 from devices.bridge.config import ConfigError, Configuration, load
 from devices.bridge.recorded import RecordError, as_line, messages, tried
-from devices.bridge.session import Session
+from devices.bridge.session import Session, UnknownPaho
 from devices.bridge.template import groups
 from devices.bridge.translate import Incoming, Translator
 from devices.python.telemetry import OutboxError
@@ -70,7 +70,7 @@ def main() -> int:
     signal.signal(signal.SIGINT, stop)
     try:
         bridge.run()
-    except OutboxError as error:
+    except (OutboxError, UnknownPaho) as error:
         print(f"bridge: {error}", file=sys.stderr)
         return 1
     return 0
@@ -104,7 +104,8 @@ def dry_run(configuration: Configuration) -> int:
     try:
         while True:
             sockets = [each for session in sessions if (each := session.socket) is not None]
-            select.select(sockets, [], [], 0.5)
+            has_unread = any(session.has_unread for session in sessions)
+            select.select(sockets, [], [], 0 if has_unread else 0.5)
             for session in sessions:
                 for arrived in session.read():
                     number += 1

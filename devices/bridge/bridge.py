@@ -116,8 +116,9 @@ class Bridge:
         writing = [s.socket for s in self._sessions if s.wants_to_write and s.socket is not None]
         if (own := self._link.socket()) is not None:
             sockets.append(own)
+        has_unread = any(session.has_unread for session in self._sessions)
         if sockets:
-            select.select(sockets, writing, [], TURN_SECONDS_MAX)
+            select.select(sockets, writing, [], 0 if has_unread else TURN_SECONDS_MAX)
         else:
             time.sleep(TURN_SECONDS_MAX)
 

@@ -7,6 +7,7 @@ Invariant: a message is PUBACKed at most once, and only on the connection that b
 ids begin again after a broker's restart, so an old one would delete other messages unseen.
 """
 
+import inspect
 import logging
 import random
 import select
@@ -16,6 +17,7 @@ import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from paho.mqtt import __version__
 from paho.mqtt import client as paho
 from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode
 
@@ -26,7 +28,7 @@ KEEPALIVE_SECONDS = 15
 RETRY_SECONDS_MIN = 1.0
 RETRY_SECONDS_MAX = 5.0  # what is published meanwhile may have nobody who takes it
 # Read in one turn, so that the other sessions have theirs.
-BATCH_MESSAGES_MAX = 500
+BATCH_MESSAGES_MAX = 2_000
 BATCH_BYTES_MAX = 4_194_304
 
 log = logging.getLogger(__name__)
@@ -44,6 +46,58 @@ class Arrived(NamedTuple):
     connection: int
 
 
+class UnknownPaho(Exception):
+    """The paho that is installed is not one that this module knows; the text is one line."""
+
+
+class _Client(paho.Client):
+    """paho, which asks the kernel three times for each packet, and once for each that it writes.
+
+    Here it reads from what was read at once, and PUBACKs are written together.
+    """
+
+    READ_BYTES_MAX = 65_536
+    # What paho's methods take beside self.
+    PRIVATE_METHODS = {
+        "_sock_recv": ["bufsize"],  # what paho reads by: replaced
+        "_packet_queue": ["command", "packet", "mid", "qos", "info"],
+    }
+
+    def __init__(self, client_id: str, is_kept: bool) -> None:
+        """Raises UnknownPaho."""
+        for name, wanted in self.PRIVATE_METHODS.items():
+            method = getattr(paho.Client, name, None)
+            if method is None or list(inspect.signature(method).parameters)[1:] != wanted:
+                raise UnknownPaho(
+                    f"paho-mqtt {__version__} is installed, which has no"
+                    f" {name}({', '.join(wanted)}): install that of devices/bridge/requirements.txt"
+                )
+        super().__init__(
+            CallbackAPIVersion.VERSION2,
+            client_id,
+            clean_session=not is_kept,
+            reconnect_on_failure=False,
+            manual_ack=True,
+        )
+        self._unread = memoryview(b"")
+
+    @property
+    def has_unread(self) -> bool:
+        """Whether something was read that paho has not taken."""
+        return len(self._unread) > 0
+
+    def puback(self, mids: Sequence[int]) -> None:
+        """PUBACK all of them, by one call to the kernel."""
+        packets = b"".join(b"\x40\x02" + mid.to_bytes(2, "big") for mid in mids)
+        self._packet_queue(paho.PUBACK, packets, 0, 1)
+
+    def _sock_recv(self, bufsize: int) -> bytes:
+        if not self._unread:
+            self._unread = memoryview(super()._sock_recv(self.READ_BYTES_MAX))
+        part, self._unread = self._unread[:bufsize], self._unread[bufsize:]
+        return bytes(part)
+
+
 class Session:
     """One session, over all of its connections."""
 
@@ -54,7 +108,7 @@ class Session:
         self._client_id = client_id
         self._filters = list(filters)
         self._is_kept = is_kept  # the broker keeps the session while we are away
-        self._client: paho.Client | None = None
+        self._client: _Client | None = None
         self._arrived: list[Arrived] = []
         self._bytes = 0
         self._connect_at = 0.0
@@ -68,6 +122,11 @@ class Session:
     def socket(self) -> Any:
         """The socket of the present connection; None if there is none."""
         return self._client.socket() if self._client else None
+
+    @property
+    def has_unread(self) -> bool:
+        """Whether something was read from the socket that read() has not returned yet."""
+        return self._client is not None and self._client.has_unread
 
     @property
     def wants_to_write(self) -> bool:
@@ -104,12 +163,16 @@ class Session:
         self._is_fine(self._client.loop_misc())
 
     def settle(self, arrived: Sequence[Arrived]) -> None:
-        """PUBACK these messages, unless the connection that brought them is gone."""
+        """PUBACK the messages of one read(), unless the connection that brought them is gone."""
+        if self._client is None or not arrived or arrived[0].connection != self.connection:
+            return
+        # To PUBACK a message of QoS 0 makes the broker disconnect us.
+        mids = [message.mid for message in arrived if message.qos == 1]
+        if mids:
+            self._client.puback(mids)
         for message in arrived:
-            if self._client is None or message.connection != self.connection:
-                return
-            if message.qos:  # to PUBACK a message of QoS 0 makes the broker disconnect us
-                self._client.ack(message.mid, message.qos)
+            if message.qos == 2:  # of an earlier subscription under our name
+                self._client.ack(message.mid, 2)
 
     def publish(self, topic: str, payload: bytes) -> None:
         """Publish with QoS 0, if there is a connection."""
@@ -132,13 +195,7 @@ class Session:
         # A random part of it, or all sessions come at once when the broker is back.
         self._connect_at = time.monotonic() + self._retry_seconds * random.uniform(0.5, 1)
         self._retry_seconds = min(self._retry_seconds * 2, RETRY_SECONDS_MAX)
-        client = paho.Client(
-            CallbackAPIVersion.VERSION2,
-            self._client_id,
-            clean_session=not self._is_kept,
-            reconnect_on_failure=False,
-            manual_ack=True,
-        )
+        client = _Client(self._client_id, self._is_kept)
         client.connect_timeout = CONNECT_SECONDS
         client.on_socket_open = _without_delay
         client.on_connect = self._on_connect
@@ -177,6 +234,8 @@ class Session:
         sock = self.socket
         if sock is None:
             return False
+        if self._client is not None and self._client.has_unread:
+            return True
         if isinstance(sock, ssl.SSLSocket) and sock.pending():
             return True
         return bool(select.select([sock], [], [], 0)[0])
