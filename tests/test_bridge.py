@@ -195,6 +195,20 @@ def test_sources_whose_topics_overlap_store_each_message_once(
     running.database.wait_count("events", 4)
 
 
+def test_another_configuration_leaves_no_subscription_behind(
+    running: Pipeline, bridges: ExitStack
+) -> None:
+    esphome = '[[source]]\npreset = "esphome"\n'
+    bridge = start(bridges, running, ZIGBEE + esphome)
+    assert bridge.stop() == 0
+    # The first session had Zigbee2MQTT's filter, and now has one that overlaps with it.
+    start(bridges, running, esphome + '[[source]]\ntopic = "zigbee2mqtt/{device}/{a}/state"\n')
+    send(running.mosquitto, "zigbee2mqtt/sensor/kitchen/state", "1")
+    running.database.wait_count("events", 1)
+    send(running.mosquitto, "node/sensor/kitchen/state", "2")
+    running.database.wait_count("events", 2)
+
+
 def test_garbage_stops_nothing(running: Pipeline, bridges: ExitStack) -> None:
     bridge = start(bridges, running, ZIGBEE + '[[source]]\npreset = "tasmota"\n')
     randomness = random.Random(20261126)

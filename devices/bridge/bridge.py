@@ -71,11 +71,29 @@ class Bridge:
         )
         ours = configuration.ours
         self._link = PahoLink(
-            self._outbox, ours.host, ours.port, ours.username, ours.password, ours.ca_file
+            self._outbox,
+            ours.host,
+            ours.port,
+            ours.username,
+            ours.password,
+            ours.ca_file,
+            tls=ours.tls,
         )
         self._filters = groups(configuration.sources.filters)
+        # Of an earlier configuration there may have been more sessions. Without filters they get
+        # nothing new, and what they still have is the first session's to store, or nobody's.
+        known = max(self._received.filters, default=-1) + 1
+        self._filters += [[] for _ in range(len(self._filters), known)]
+        self._outbox.add_all(
+            [], also=lambda connection: Received.write_filters(connection, self._filters)
+        )
         self._sessions = [
-            Session(configuration.theirs, f"{configuration.theirs.client_id}-in-{number}", filters)
+            Session(
+                configuration.theirs,
+                f"{configuration.theirs.client_id}-in-{number}",
+                filters,
+                former=self._received.filters.get(number - 1, []),
+            )
             for number, filters in enumerate(self._filters, 1)
         ]
         self._seen_connections = [0] * len(self._sessions)

@@ -9,7 +9,7 @@ forgotten before the broker can have used its packet id for another one.
 
 import hashlib
 import sqlite3
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from devices.bridge.session import Arrived
 
@@ -21,6 +21,9 @@ _TABLES = (
         session INTEGER NOT NULL, mid INTEGER NOT NULL, number INTEGER NOT NULL,
         digest BLOB NOT NULL, PRIMARY KEY (session, mid)) WITHOUT ROWID""",
     "CREATE TABLE IF NOT EXISTS bridge_names (name TEXT PRIMARY KEY) WITHOUT ROWID",
+    """CREATE TABLE IF NOT EXISTS bridge_filters (
+        session INTEGER NOT NULL, filter TEXT NOT NULL,
+        PRIMARY KEY (session, filter)) WITHOUT ROWID""",
 )
 
 
@@ -29,6 +32,7 @@ class Received:
 
     def __init__(self) -> None:
         self.names: list[str] = []
+        self.filters: dict[int, list[str]] = {}  # that each session has ever had
         self._taken: dict[tuple[int, int], tuple[int, bytes]] = {}
         self._numbers: dict[int, int] = {}  # of the last message of each session
 
@@ -41,6 +45,9 @@ class Received:
         for session, mid, number, digest in rows:
             self._taken[session, mid] = number, digest
             self._numbers[session] = max(number, self._numbers.get(session, 0))
+        self.filters.clear()
+        for session, each in connection.execute("SELECT session, filter FROM bridge_filters"):
+            self.filters.setdefault(session, []).append(each)
         self.names = [name for (name,) in connection.execute("SELECT name FROM bridge_names")]
 
     def is_taken(self, session: int, message: Arrived) -> bool:
@@ -69,6 +76,14 @@ class Received:
                 rows.append((session, message.mid, number, digest))
         self._numbers[session] = number
         return rows
+
+    @staticmethod
+    def write_filters(connection: sqlite3.Connection, filters: Sequence[Sequence[str]]) -> None:
+        """Write the filters of each session, before the broker hears of them."""
+        connection.executemany(
+            "INSERT OR IGNORE INTO bridge_filters VALUES (?, ?)",
+            [(number, each) for number, group in enumerate(filters) for each in group],
+        )
 
     @staticmethod
     def write(

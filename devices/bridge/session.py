@@ -102,11 +102,18 @@ class Session:
     """One session, over all of its connections."""
 
     def __init__(
-        self, broker: BrokerSettings, client_id: str, filters: Sequence[str], is_kept: bool = True
+        self,
+        broker: BrokerSettings,
+        client_id: str,
+        filters: Sequence[str],
+        is_kept: bool = True,
+        former: Sequence[str] = (),
     ) -> None:
+        """`former`: filters that the kept session may still have from another configuration."""
         self._broker = broker
         self._client_id = client_id
         self._filters = list(filters)
+        self._former = [each for each in former if each not in filters]
         self._is_kept = is_kept  # the broker keeps the session while we are away
         self._client: _Client | None = None
         self._arrived: list[Arrived] = []
@@ -249,6 +256,12 @@ class Session:
             self._trouble = f"the broker refuses us: {code}"
             return
         self.is_fresh = not flags.session_present
+        if self._former:
+            # With them the broker would deliver some messages twice.
+            client.unsubscribe(self._former)
+        if not self._filters:
+            self.is_up = True
+            return
         client.subscribe([(each, 1 if self._is_kept else 0) for each in self._filters])
 
     def _on_subscribe(
