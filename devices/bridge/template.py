@@ -128,7 +128,7 @@ def without_covered(filters: list[str]) -> list[str]:
 def groups(filters: list[str]) -> list[list[str]]:
     """Return the filters in groups, none of which holds two that overlap.
 
-    A broker may deliver a message once for each filter that brings it (Mosquitto does), so each
+    A broker may deliver a message once for each filter that brings it (MQTT 3.1.1, 3.3.5), so each
     group gets a session of its own, in which every message comes once.
     """
     found: list[list[str]] = []
