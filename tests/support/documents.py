@@ -45,6 +45,7 @@ _PIP_COMPILE = (
 )
 _COMPOSE = "docker compose -f docker-compose.yml"
 _WEB = "overlays/web/tests types it"
+_BRIDGE_STACK = "test_bridge_stack.py runs the bridge's container"
 _BRIDGE = "test_bridge.py runs the bridge, with a configuration of its own"
 _GRAFANA = "needs Grafana's image; test_grafana.py has Compose read the files"
 _WITH_GRAFANA = f"{_COMPOSE} -f overlays/grafana/docker-compose.yml"
@@ -130,11 +131,11 @@ NOT_TYPED = {
     f"{_COMPOSE} -f overlays/secure/docker-compose.yml -f overlays/web/docker-compose.yml"
     " -f overlays/web/secure.yml up -d --build --wait": _WEB,
     "overlays/web/run": _WEB,
-    f"{_COMPOSE} -f overlays/bridge/docker-compose.yml up -d --build --wait": _BRIDGE,
-    "docker logs homelab-bridge": _BRIDGE,
+    f"{_COMPOSE} -f overlays/bridge/docker-compose.yml up -d --build --wait": _BRIDGE_STACK,
+    "docker logs homelab-bridge": _BRIDGE_STACK,
     "BRIDGE_STORE=/var/lib/bridge python3 -m devices.bridge bridge.toml": _BRIDGE,
     "python3 -m devices.bridge bridge.toml --dry-run": _BRIDGE,
-    "overlays/secure/device add homelab-bridge": _BRIDGE,
+    "overlays/secure/device add homelab-bridge": _BRIDGE_STACK,
     f"{_WITH_GRAFANA} up -d --wait": _GRAFANA,
     f"{_WITH_GRAFANA} exec grafana cat /telemetry/admin_password": _GRAFANA,
     f"{_WITH_GRAFANA} exec grafana grafana cli admin reset-admin-password"
