@@ -675,7 +675,8 @@ def test_a_variable_of_the_shell_wins_over_the_file(put_back: Compose) -> None:
     put_back.up("ingester", LOG_LEVEL="DEBUG", DEVICE_DEFAULT_TZ="America/Los_Angeles")
     with Device(1883, "shell") as device:
         device.deliver([event(1, "shell", ts_device="2026-07-01T00:00:00")])
-    assert " DEBUG batch" in put_back.log("ingester")
+    # The engine writes the log down a moment later.
+    wait_until(lambda: " DEBUG batch" in put_back.log("ingester"), "the line of the batch", 15)
     stored = put_back.psql(
         "SELECT ts_device AT TIME ZONE 'UTC' FROM events WHERE event_id = 'shell-1'"
     )
