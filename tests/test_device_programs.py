@@ -456,7 +456,8 @@ def test_the_script_for_a_raspberry_pi_loses_no_reading_to_kill_9(
     link.close()
     outbox.close()
     rows = running.database.query("SELECT event_id, device_id, value_num, unit FROM events")
-    assert len(rows) == kept() >= 120
+    # A kill may come between an event and the note of its number.
+    assert 120 <= kept() <= len(rows) <= kept() + 6
     assert {row[1:] for row in rows} == {("pi-attic", 47.123, "C")}
     assert running.database.query("SELECT * FROM missing_events") == []
     assert running.database.count("dead_letters") == 0

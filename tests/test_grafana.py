@@ -16,6 +16,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from datetime import UTC, datetime, timedelta
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,10 @@ from tools.stack import Stack
 DASHBOARDS = grafana.dashboards()
 PANELS = [(name, panel["id"]) for name, board in DASHBOARDS.items() for panel in panels(board)]
 PASSWORD = r""" a $b ${c} $$d $__file{e} 'f' \g "h' #i: é"""
-NOW = datetime.now(UTC)
-RANGES = {
-    "an hour": Range(NOW - timedelta(hours=1), NOW),
-    "a day": Range(NOW - timedelta(days=1), NOW),
-    "a year": Range(NOW - timedelta(days=365), NOW),
+LENGTHS = {
+    "an hour": timedelta(hours=1),
+    "a day": timedelta(days=1),
+    "a year": timedelta(days=365),
 }
 # A reading each minute for two days, with numbered ids and a gap in them; one each hour for a year;
 # another unit, names with everything in them, and values that overflow when they are added up;
@@ -98,6 +98,16 @@ JSON_DATA_KEYS = {
 # --- the queries ---------------------------------------------------------------------------
 
 
+@cache
+def now() -> datetime:
+    """When the events were put in; this module may have been loaded long before."""
+    return datetime.now(UTC)
+
+
+def last(length: str) -> Range:
+    return Range(now() - LENGTHS[length], now())
+
+
 @pytest.fixture(scope="module")
 def reader(servers: Stack) -> Iterator[Any]:
     """A session of `reader`, logged in, in a database with events of each kind."""
@@ -106,6 +116,7 @@ def reader(servers: Stack) -> Iterator[Any]:
     database = Database(servers.postgres, name)
     database.query(EVENTS)
     database.query(LETTERS)
+    now()
     database.query("ANALYZE")
     servers.postgres.apply_schema(name, reader_password="reader")
     conninfo = database.conninfo | {"user": "reader", "password": "reader"}
@@ -135,10 +146,10 @@ def options(reader: Any, dashboard: dict[str, Any], name: str, shown: Range) -> 
 
 
 @pytest.mark.services
-@pytest.mark.parametrize("shown", RANGES.values(), ids=RANGES)
+@pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize(("name", "number"), PANELS)
-def test_a_panel_has_something_to_show(reader: Any, name: str, number: int, shown: Range) -> None:
-    dashboard = DASHBOARDS[name]
+def test_a_panel_has_something_to_show(reader: Any, name: str, number: int, length: str) -> None:
+    dashboard, shown = DASHBOARDS[name], last(length)
     (panel,) = (panel for panel in panels(dashboard) if panel["id"] == number)
     sql = panel["targets"][0]["rawSql"]
     used = [v for v in variables(dashboard) if f"${{{v}:sqlstring}}" in sql and v != "device"]
@@ -160,7 +171,7 @@ def test_a_panel_has_something_to_show(reader: Any, name: str, number: int, show
 
 @pytest.mark.services
 def test_the_variables_offer_each_device_each_unit_and_each_text(reader: Any) -> None:
-    dashboard, shown = DASHBOARDS["device"], RANGES["a day"]
+    dashboard, shown = DASHBOARDS["device"], last("a day")
     assert options(reader, dashboard, "device", shown) == ["clock", "room", "silent"]
     charts = [json.loads(text) for text in options(reader, dashboard, "chart", shown)]
     assert sorted(charts, key=str) == sorted(
@@ -191,29 +202,30 @@ def test_what_they_show_is_what_is_stored(reader: Any) -> None:
 
     chart = {"chart": '["temperature", "C"]'}
     for span in ("an hour", "a day"):
-        found = rows("device", "${chart:text}", RANGES[span], **chart)
+        found = rows("device", "${chart:text}", last(span), **chart)
         assert len(found) <= 600 + 2
         assert all(19 <= low <= mean <= high <= 21 for _, low, mean, high in found)
-    year = rows("device", "${chart:text}", RANGES["a year"], **chart)
+    year = rows("device", "${chart:text}", last("a year"), **chart)
     assert 400 < len(year) <= 600 + 2
     assert (min(low for _, low, *_ in year), max(high for *_, high in year)) == (15, 24)
 
-    counted = rows("home", "Events per minute", RANGES["an hour"])
+    counted = rows("home", "Events per minute", last("an hour"))
     stored = "SELECT date_trunc('minute', ts_server), count(*) FROM events GROUP BY 1"
     by_minute = dict(run(reader, stored).rows)
     assert len(counted) in (60, 61)
     assert all(by_minute.get(minute, 0) == number for minute, number in counted[1:-1])
-    assert rows("home", "Events per minute", Range(NOW, NOW + timedelta(hours=1)))[-1][1] == 0
+    assert rows("home", "Events per minute", Range(now(), now() + timedelta(hours=1)))[-1][1] == 0
 
-    (first, *_, last) = rows("device", "${state:text}", RANGES["an hour"], state="door")
-    assert first[0] == NOW.replace(microsecond=NOW.microsecond // 1000 * 1000) - timedelta(hours=1)
-    assert {first[1], last[1]} <= {"open", "closed"}
-    assert rows("device", "Missing events", RANGES["a day"]) == [(2,)]
-    assert rows("ingest", "Missing events, last 24 hours", RANGES["a day"]) == [
+    (first, *_, latest) = rows("device", "${state:text}", last("an hour"), state="door")
+    milliseconds = now().microsecond // 1000
+    assert first[0] == now().replace(microsecond=milliseconds * 1000) - timedelta(hours=1)
+    assert {first[1], latest[1]} <= {"open", "closed"}
+    assert rows("device", "Missing events", last("a day")) == [(2,)]
+    assert rows("ingest", "Missing events, last 24 hours", last("a day")) == [
         ("room", 1, 2800, 2801, 2)
     ]
-    assert rows("home", "Silent", RANGES["a day"], search="")[0][0] == "silent"
-    assert rows("ingest", "Clocks", RANGES["a day"])[0] == ("clock", 300)
+    assert rows("home", "Silent", last("a day"), search="")[0][0] == "silent"
+    assert rows("ingest", "Clocks", last("a day"))[0] == ("clock", 300)
 
 
 def test_a_macro_a_variable_or_a_result_that_grafana_would_not_take_is_found() -> None:

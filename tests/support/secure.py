@@ -14,7 +14,7 @@ import socket
 import ssl
 import threading
 from collections.abc import Mapping
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -221,7 +221,8 @@ class Client:
     def cut(self) -> None:
         """Break the connection without a word, as a power cut does."""
         sock: Any = self._client.socket()
-        sock.shutdown(socket.SHUT_RDWR)
+        with suppress(OSError):  # once TLS is off, paho's thread may close it first
+            sock.shutdown(socket.SHUT_RDWR)
         assert self.ended.wait(15)
 
     def heard(self) -> list[tuple[str, bytes]]:
