@@ -103,6 +103,9 @@ NOT_TYPED = {
     "tests/run --fast": _ITSELF,
     "tests/run tests/test_store.py -k conflict": _ITSELF,
     "tests/run --faults tests/test_device_programs.py": _ITSELF,
+    "tests/run --fast tests/test_python_contract.py tests/test_python_outbox.py"
+    " tests/test_python_store.py": _ITSELF,
+    "python3 -m venv thermometer/.venv": _ANOTHER_MACHINE,
     "python3 -m http.server 8000": "serves files to a board",
     "python3 -m venv .pip-tools": _NETWORK,
     ".pip-tools/bin/pip install pip-tools": _NETWORK,
