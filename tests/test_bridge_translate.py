@@ -4,8 +4,8 @@ What it does: holds, message by message, what those of tests/data/foreign.jsonl 
 behind it row by row, and then whatever hypothesis can think of against the ingester's own decoder.
 What it does not: run the bridge; test_bridge.py does.
 
-Invariant: each recorded message has its expected events, no more and no fewer. That file was made by
-the bridge, then read line by line against the formats' documented rules.
+Invariant: each recorded message has its expected events, no more and no fewer. That file was made
+by the bridge, then read line by line against the formats' documented rules.
 """
 
 import base64
