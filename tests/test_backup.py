@@ -34,27 +34,15 @@ class Upgraded(NamedTuple):
 @pytest.fixture(scope="module")
 def whole_stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Upgraded]:
     """The stack of a fresh copy, upgraded from the first release."""
-    if reason := compose.missing_engine():
-        pytest.skip(reason)
-    if not (lock := compose.lock()):
-        pytest.skip("another run of these tests is under way on this machine")
-    with lock:
+    with compose.only_run():
         stack = Compose(compose.copy_checkout(tmp_path_factory.mktemp("checkout")))
-        stack.compose("down", "--volumes", "--remove-orphans")  # what a killed run left
-        if reason := compose.in_the_way(stack):
-            pytest.skip(reason)
-        try:
+        with compose.cleared(stack):
             stack.up("postgres")
             stack.psql(FIRST_RELEASE.read_text())
             stack.psql(ROWS)
             before = rows(stack)
             stack.up("--build")
             yield Upgraded(stack, before)
-        except BaseException:
-            print(stack.trouble())
-            raise
-        finally:
-            stack.tear_down()
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ Invariant: with overlays/secure the bridge comes in as its own user, over TLS.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 
@@ -34,29 +33,10 @@ preset = "zigbee2mqtt"
 
 
 @pytest.fixture(scope="module", autouse=True)
-def locked() -> Iterator[None]:
+def only_run() -> Iterator[None]:
     """One stack at a time on this machine."""
-    if reason := compose.missing_engine():
-        pytest.skip(reason)
-    if not (lock := compose.lock()):
-        pytest.skip("another run of these tests is under way on this machine")
-    with lock:
+    with compose.only_run():
         yield
-
-
-@contextmanager
-def cleared(stack: Compose) -> Iterator[None]:
-    """Nothing of the stack before and after; what it said, if something fails."""
-    stack.compose("down", "--volumes", "--remove-orphans")  # what a killed run left
-    if reason := compose.in_the_way(stack):
-        pytest.skip(reason)
-    try:
-        yield
-    except BaseException:
-        print(stack.trouble())
-        raise
-    finally:
-        stack.tear_down()
 
 
 def values(stack: Compose) -> list[str]:
@@ -78,7 +58,7 @@ def test_a_message_of_other_firmware_becomes_rows_also_if_the_bridge_was_away(
             "-m", f'{{"temperature": {temperature}, "humidity": 44}}',
         )  # fmt: skip
 
-    with cleared(stack):
+    with compose.cleared(stack):
         stack.up("--build")
         assert stack.health("bridge") == "healthy"
         send(21.5)
@@ -113,7 +93,7 @@ def test_with_the_secure_overlay_it_is_a_user_of_its_own_and_reads_another_broke
     if reason := missing_rights():
         pytest.skip(reason)
     stack = SecureStack(compose.copy_checkout(tmp_path_factory.mktemp("bridge")))
-    with cleared(stack):
+    with compose.cleared(stack):
         stack.setup()
         stack.up("--build")
         password = stack.secrets / "mqtt_bridge_password"

@@ -39,25 +39,12 @@ def whole_stack(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Compose]:
     """The stack of a fresh copy with one of the brokers, up and healthy."""
-    if reason := compose.missing_engine():
-        pytest.skip(reason)
-    if not (lock := compose.lock()):
-        pytest.skip("another run of these tests is under way on this machine")
-    with lock:
+    with compose.only_run():
         stack = Compose(compose.copy_checkout(tmp_path_factory.mktemp("checkout")))
         stack.use_broker(request.param)
-        stack.compose("down", "--volumes", "--remove-orphans")  # what a killed run left
-        if reason := compose.in_the_way(stack):
-            pytest.skip(reason)
-        try:
-            try:
-                stack.up("--build")
-            except BaseException:
-                print(stack.trouble())
-                raise
+        with compose.cleared(stack):
+            stack.up("--build")
             yield stack
-        finally:
-            stack.tear_down()
 
 
 @pytest.fixture

@@ -487,17 +487,12 @@ class GrafanaStack(SecureStack):
 def test_what_the_files_say_logs_in_and_a_forgotten_last_file_opens_nothing(
     tmp_path: Path,
 ) -> None:
-    if reason := compose.missing_engine() or missing_rights():
+    if reason := missing_rights():
         pytest.skip(reason)
-    if not (lock := compose.lock()):
-        pytest.skip("another run of these tests is under way on this machine")
-    with lock, ExitStack() as cleanup:
+    with compose.only_run(), ExitStack() as cleanup:
         stack = GrafanaStack(compose.copy_checkout(tmp_path / "checkout"))
         stack.environment["COMPOSE_FILE"] = os.pathsep.join(PLAIN)
-        stack.compose("down", "--volumes", "--remove-orphans")  # what a killed run left
-        if reason := compose.in_the_way(stack):
-            pytest.skip(reason)
-        cleanup.callback(stack.tear_down)
+        cleanup.enter_context(compose.cleared(stack))
         port = {"POSTGRES_PORT": str(free_port())}
         stack.settings |= port
         stack.environment |= port

@@ -152,24 +152,15 @@ def make_given(stack: Compose) -> None:
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SecureStack]:
     """A fresh copy, with its own .env yet, on a machine where every default port is taken."""
-    if reason := compose.missing_engine() or missing_rights():
+    if reason := missing_rights():
         pytest.skip(reason)
-    if not (lock := compose.lock()):
-        pytest.skip("another run of these tests is under way on this machine")
-    with lock, ExitStack() as cleanup:
+    with compose.only_run(), ExitStack() as cleanup:
         stack = SecureStack(compose.copy_checkout(tmp_path_factory.mktemp("options")))
         del stack.environment["COMPOSE_FILE"]
-        stack.compose("down", "--volumes", "--remove-orphans")  # what a killed run left
-        if reason := compose.in_the_way(stack):
-            pytest.skip(reason)
-        for port in TAKEN:
-            cleanup.enter_context(socket.create_server(("", port)))
-        cleanup.callback(stack.tear_down)
-        try:
+        with compose.cleared(stack):
+            for port in TAKEN:
+                cleanup.enter_context(socket.create_server(("", port)))
             yield stack
-        except BaseException:
-            print(stack.trouble())
-            raise
 
 
 @pytest.fixture

@@ -58,27 +58,17 @@ def whole_stack(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[SecureStack]:
     """A fresh copy's stack with the overlay and one of the brokers, healthy; two devices."""
-    if reason := compose.missing_engine() or missing_rights():
+    if reason := missing_rights():
         pytest.skip(reason)
-    if not (lock := compose.lock()):
-        pytest.skip("another run of these tests is under way on this machine")
-    with lock:
+    with compose.only_run():
         stack = SecureStack(compose.copy_checkout(tmp_path_factory.mktemp("secure")))
         stack.use_broker(request.param)
         stack.setup("telemetry.lan", "192.168.1.10")  # as its README does
-        stack.compose("down", "--volumes", "--remove-orphans")  # what a killed run left
-        if reason := compose.in_the_way(stack):
-            pytest.skip(reason)
-        try:
+        with compose.cleared(stack):
             stack.add_device("alpha")  # before the first start
             stack.up("--build")
             stack.add_device("beta")
             yield stack
-        except BaseException:
-            print(stack.trouble())
-            raise
-        finally:
-            stack.tear_down()
 
 
 @pytest.fixture

@@ -14,7 +14,8 @@ import re
 import shutil
 import socket
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -225,15 +226,35 @@ def image_id(image: str) -> str:
     return image.rpartition(":")[2]
 
 
-def lock() -> socket.socket | None:
-    """Take the one right to run this stack here, until the socket is closed."""
-    held = socket.socket(socket.AF_UNIX)
+@contextmanager
+def only_run() -> Iterator[None]:
+    """Have this machine's one right to run a stack; skip without an engine, or beside another."""
+    if reason := missing_engine():
+        pytest.skip(reason)
+    with socket.socket(socket.AF_UNIX) as lock:
+        try:
+            lock.bind(LOCK)
+        except OSError:
+            pytest.skip("another run of these tests is under way on this machine")
+        yield
+
+
+@contextmanager
+def cleared(stack: Compose) -> Iterator[None]:
+    """Nothing of the stack before and after; skip if another is in the way.
+
+    If something fails in between, print what the stack said.
+    """
+    stack.compose("down", "--volumes", "--remove-orphans")  # what a killed run left
+    if reason := in_the_way(stack):
+        pytest.skip(reason)
     try:
-        held.bind(LOCK)
-    except OSError:
-        held.close()
-        return None
-    return held
+        yield
+    except BaseException:
+        print(stack.trouble())
+        raise
+    finally:
+        stack.tear_down()
 
 
 def missing_engine() -> str | None:

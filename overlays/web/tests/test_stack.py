@@ -69,26 +69,14 @@ def published(stack: Compose) -> set[tuple[str, str]]:
 @pytest.fixture(scope="module")
 def locked() -> Iterator[None]:
     """One stack at a time on this machine."""
-    if reason := compose.missing_engine():
-        pytest.skip(reason)
-    if not (lock := compose.lock()):
-        pytest.skip("another run of these tests is under way on this machine")
-    with lock:
+    with compose.only_run():
         yield
 
 
 def run_stack(stack: Compose) -> Iterator[Compose]:
-    stack.compose("down", "--volumes", "--remove-orphans")  # what a killed run left
-    if reason := compose.in_the_way(stack):
-        pytest.skip(reason)
-    try:
+    with compose.cleared(stack):
         stack.up("--build")
         yield stack
-    except BaseException:
-        print(stack.trouble())
-        raise
-    finally:
-        stack.tear_down()
 
 
 # --- with the default stack ----------------------------------------------------------
