@@ -117,6 +117,8 @@ class Database:
             raise self._is_away("The database cannot be reached: it does not answer.") from None
         connection.autocommit = True
         if self._why:
+            # Whoever asks from now on is not told of what is over, and without its reason.
+            self._away_until = 0.0
             self._why = ""
             log.info("the database answers again")
         return connection
@@ -134,9 +136,7 @@ class Database:
                 f"This takes the database longer than {STATEMENT_SECONDS} s: it is busy, or there "
                 "is more to read than it can in that time."
             ) from None
-        except psycopg2.errors.InsufficientPrivilege as error:
-            raise _unavailable(error) from None
-        except psycopg2.errors.UndefinedTable as error:
+        except (psycopg2.errors.InsufficientPrivilege, psycopg2.errors.UndefinedTable) as error:
             raise _unavailable(error) from None
         except DeadlinePassed:
             connection.close()
