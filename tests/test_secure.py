@@ -803,6 +803,17 @@ def test_a_statement_that_eats_memory_fails_alone(stack: SecureStack, role: str)
     assert stack.psql(server) == before
 
 
+def test_the_limit_of_memory_is_the_servers_and_not_that_of_commands_run_beside_it(
+    stack: SecureStack,
+) -> None:
+    """With it the engine, too, which needs nearly as much, could not always start them."""
+    ask = "ulimit -d; set -- $(grep '^Max data size' /proc/1/limits); echo $4 $5"
+    assert stack.compose("exec", "-T", "postgres", "sh", "-c", ask).split() == [
+        "unlimited",
+        *["100663296"] * 2,  # soft and hard
+    ]
+
+
 def test_a_role_takes_its_share_of_connections_and_of_the_disk_and_no_more(
     stack: SecureStack,
 ) -> None:

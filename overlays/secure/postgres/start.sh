@@ -21,4 +21,9 @@ set -- "$@" \
 set -- "$@" -c jit=off
 # Who connects and says nothing holds a process.
 set -- "$@" -c authentication_timeout=10s
+# KiB of memory of one process, which no role can raise: the statement that wants more fails
+# alone, where the kernel would end all at the container's limit. Not in Compose's `ulimits`:
+# what `docker exec` runs had it too, and the engine itself needs nearly as much to start it, so
+# one command in 300, health checks among them, did not start.
+ulimit -d 98304
 exec docker-entrypoint.sh "$@"
