@@ -23,9 +23,10 @@ FUNCTIONS_SHOWN = 15
 STAGES = {
     "Broker.serve": "read MQTT while the database works",
     "Broker.receive": "read MQTT",
-    "Decoder.take": "decode",
+    "Decoder.decode": "decode",
     "Decoder.decode_ahead": "decode while the database works",
-    "Store.insert": "insert: quote, send, wait",
+    "Store.begin_insert": "insert: write the statement, send it",
+    "Store.finish_insert": "insert: wait for the answer, read it",
     "_acks": "build ACKs",
     "Broker.settle": "publish ACKs, PUBACK",
 }

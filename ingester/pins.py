@@ -21,6 +21,7 @@ PINS = {
     "TimeZone": "UTC",  # keeps the year 1 the year 1
     "DateStyle": "ISO, YMD",
     "IntervalStyle": "postgres",
+    "array_nulls": "on",  # NULL in an array is none, and not a text
     "bytea_output": "hex",
     "extra_float_digits": "1",  # the shortest text that gives the same double
     "synchronous_commit": "on",  # or what is stricter; the promise rests on it

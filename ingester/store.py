@@ -19,7 +19,6 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from enum import Enum
-from itertools import chain
 from typing import Any
 
 from ingester.connection import (
@@ -39,14 +38,33 @@ ROWS_MAX = 16_384
 # and the 99th percentile of the ACKs is 7 ms; with 250, in 28 s and 4 ms.
 DELETED_ROWS_MAX = 250
 
+# A column each, as an array in PostgreSQL's own notation: as rows of VALUES, whose every value is
+# a parameter, an event cost two and a half times as much here and a third more there.
+_COLUMNS = {
+    "event_id": "text",
+    "device_id": "text",
+    "schema": "int",
+    "event_type": "text",
+    "value_num": "float8",
+    "value_text": "text",
+    "unit": "text",
+    "ts_device": "timestamptz",
+    "meta": "jsonb",
+}
 _INSERT = (
-    f"INSERT INTO events ({', '.join(Event._fields)}) VALUES {{rows}} "
-    "ON CONFLICT (event_id) DO NOTHING RETURNING event_id"
+    f"INSERT INTO events ({', '.join(_COLUMNS)}) SELECT * FROM unnest({{columns}})"
+    " ON CONFLICT (event_id) DO NOTHING RETURNING event_id"
 )
-# For a batch of one: parsed and planned once, it takes an eighth less of the time to the ACK.
-_PARAMETERS = ", ".join(f"${number}" for number in range(1, len(Event._fields) + 1))
-_PREPARED = {"insert_one": _INSERT.format(rows=f"({_PARAMETERS})")}
-_INSERT_ONE = "EXECUTE insert_one {rows}"
+# Parsed and planned once.
+_PREPARED = {
+    "insert_events": _INSERT.format(
+        columns=", ".join(f"${n}::{type_}[]" for n, type_ in enumerate(_COLUMNS.values(), 1))
+    )
+}
+_INSERT_PREPARED = f"EXECUTE insert_events ({', '.join(['%s'] * len(_COLUMNS))})"
+_INSERT_UNPREPARED = _INSERT.format(
+    columns=", ".join(f"%s::{type_}[]" for type_ in _COLUMNS.values())
+)
 # In the database, so that nothing is fetched: jsonb writes 1e308 with 309 digits, and a row of
 # another writer may hold a time that Python has not. A statement of its own: it sees rows that
 # others committed meanwhile.
@@ -157,11 +175,8 @@ class Store(Connection):
         return [found.get(number) for number in range(len(events))]
 
     def _send_insert(self, part: Sequence[tuple[int, Event]], before: str = "") -> None:
-        is_single = len(part) == 1 and self.has_prepared
-        sql, values = _with_rows(
-            _INSERT_ONE if is_single else _INSERT, [event for _, event in part]
-        )
-        self.send(before + sql, values)
+        sql = _INSERT_PREPARED if self.has_prepared else _INSERT_UNPREPARED
+        self.send(before + sql, _columns([event for _, event in part]))
 
     def _insert(self, items: Sequence[tuple[int, Event]]) -> tuple[set[str], dict[int, Rejection]]:
         """Insert the events; return the ids inserted, and those refused by their number.
@@ -297,17 +312,29 @@ def _digest(letter: DeadLetter) -> bytes:
     return digest.digest()
 
 
-def _with_rows(sql: str, events: Sequence[Event]) -> tuple[str, list[Any]]:
-    """Return the statement with a place for each value of the events, and the values."""
-    # One execute() for all: execute_values() quotes each row by a call of its own, at one
-    # and a half times the cost.
-    width = len(Event._fields)
-    row_sql = f"({', '.join(['%s'] * width)})"
-    values: list[Any] = list(chain.from_iterable(events))
-    # A time as text costs less than as a datetime, which psycopg2 writes with a cast.
-    times = slice(Event._fields.index("ts_device"), None, width)
-    values[times] = [moment and moment.isoformat() for moment in values[times]]
-    return sql.format(rows=", ".join([row_sql] * len(events))), values
+def _columns(events: Sequence[Event]) -> list[str]:
+    """Return the events as one array literal for each column."""
+    ids, devices, schemas, types, numbers, texts, units, moments, metas = zip(*events, strict=True)
+    return [
+        _array(ids),
+        _array(devices),
+        f"{{{','.join(map(str, schemas))}}}",
+        _array(types),
+        f"{{{','.join(['NULL' if number is None else repr(number) for number in numbers])}}}",
+        _array(texts),
+        _array(units),
+        _array([moment and moment.isoformat() for moment in moments]),
+        _array(metas),
+    ]
+
+
+def _array(texts: Sequence[str | None]) -> str:
+    """Return an array literal (PostgreSQL, "Array Input and Output Syntax")."""
+    quoted = [
+        "NULL" if text is None else '"' + text.replace("\\", r"\\").replace('"', r"\"") + '"'
+        for text in texts
+    ]
+    return f"{{{','.join(quoted)}}}"
 
 
 def _comparable(number: int, event: Event) -> str:

@@ -78,7 +78,7 @@ def test_one_poisonous_event_in_a_full_batch_is_kept_and_the_rest_stored_in_one_
     batch = f"batch: messages {BATCH}, stored {BATCH - 1}, duplicates 0, rejected 1 "
     assert log.count(batch) == 1, log
     said = postgres.log(log_start)
-    inserts = re.findall("statement: .*(?:INSERT INTO events|EXECUTE insert_one)", said)
+    inserts = re.findall("statement: .*(?:INSERT INTO events|EXECUTE insert_events)", said)
     # Halved down to the one, doubled again behind it, and not one by one.
     assert 9 < len(inserts) <= 4 * 9, inserts
     assert database.query("SELECT reason, event_id FROM dead_letters") == [

@@ -184,7 +184,7 @@ def test_a_refused_event_is_found_in_few_statements(servers: Any, database: Data
     insert(store, batch)
     store.close()
     log = servers.postgres.log(begin)
-    statements = re.findall("statement: .*(?:INSERT INTO events|EXECUTE insert_one)", log)
+    statements = re.findall("statement: .*(?:INSERT INTO events|EXECUTE insert_events)", log)
     assert 2 * 7 <= len(statements) <= 4 * 7  # and not 128
 
 
