@@ -83,7 +83,8 @@ def ingest(
             for result in item.decoded.results
         ]
         acks += _acks(item, rejections, topics)
-        letters += _dead_letters(item, rejections)
+        if any(rejections):
+            letters += _dead_letters(item, rejections)
 
     ids = store.insert_dead_letters(letters)
     dead_letters = [
@@ -136,10 +137,8 @@ def _acks(
 
 
 def _dead_letters(item: DecodedMessage, rejections: Sequence[Rejection | None]) -> list[DeadLetter]:
-    """Return what to keep of a message: each refused event, or the whole message once."""
+    """Return what to keep of a message with refused events: each, or the whole message once."""
     refused = {index: rejection for index, rejection in enumerate(rejections) if rejection}
-    if not refused:
-        return []
     payload = item.message.payload
     first_index, first = next(iter(refused.items()))
     if item.decoded.is_whole or not item.decoded.is_array:

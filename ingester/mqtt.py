@@ -80,7 +80,10 @@ class PacketReader:
         while position < size:
             body = position + 2
             length = data[position + 1] if body <= size else 0x80
-            if length > 0x7F:  # more than one byte, or cut off
+            if length > 0x7F and body < size and data[body] <= 0x7F:
+                # Two bytes, as most events have: one call less for each.
+                length, body = length & 0x7F | data[body] << 7, body + 1
+            elif length > 0x7F:  # more of them, or cut off
                 if (found := _remaining_length(data, position + 1)) is None:
                     self._begin(data[position:], bytes_min=0)
                     return

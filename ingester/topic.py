@@ -62,7 +62,8 @@ def is_publishable(topic: str) -> bool:
     """
     return (
         topic.isprintable()
-        and not {"+", "#"} & set(topic)
+        and "+" not in topic
+        and "#" not in topic
         and 1 <= len(topic.encode("utf-8")) <= TOPIC_BYTES_MAX
     )
 
