@@ -172,6 +172,27 @@ def test_a_message_becomes_rows(running: Pipeline, bridges: ExitStack) -> None:
     assert running.database.count("events") == 4
 
 
+def test_try_prints_the_bytes_that_are_sent(
+    running: Pipeline, bridges: ExitStack, tmp_path: Path
+) -> None:
+    topic = "zigbee2mqtt/K\u00fcche"
+    text = '{"temperature":21.34,"state":"\u201eAn\u201c","last_seen":"2026-02-10T08:15:42.117Z"}'
+    heard: list[bytes] = []
+    listener = paho.Client(CallbackAPIVersion.VERSION2)
+    listener.on_message = lambda _client, _user, message: heard.append(bytes(message.payload))
+    listener.connect("127.0.0.1", running.mosquitto.port)
+    listener.subscribe("qs/v1/+/events", 1)
+    listener.loop_start()
+    bridges.callback(listener.loop_stop)
+    start(bridges, running, ZIGBEE)
+    send(running.mosquitto, topic, text)
+    wait_until(lambda: bool(heard), "the events")
+    recorded = tmp_path / "recorded.jsonl"
+    recorded.write_text(json.dumps({"topic": topic, "payload": text}))
+    (line,) = run("--try", str(recorded)).stdout.splitlines()
+    assert f'"events": {heard[0].decode()}' in line
+
+
 def test_stored_copies_are_skipped_and_teach_units(running: Pipeline, bridges: ExitStack) -> None:
     listed = [{"friendly_name": "a", "definition": {"exposes": [{"property": "v", "unit": "mV"}]}}]
     send(running.mosquitto, "zigbee2mqtt/bridge/devices", json.dumps(listed), retain=True)

@@ -38,11 +38,6 @@ def moment(given: Any, zone: tzinfo, received_at: datetime) -> datetime | None:
     return found
 
 
-def written(found: datetime) -> str:
-    """Return it as the contract has it."""
-    return found.astimezone(UTC).isoformat().replace("+00:00", "Z")
-
-
 def _from_epoch(number: float) -> datetime | None:
     for factor in (1, 1_000, 1_000_000, 1_000_000_000):  # until the year 5138 of each
         if abs(number) < 1e11 * factor:

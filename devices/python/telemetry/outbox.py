@@ -205,6 +205,10 @@ class Outbox:
         """Return how many events are not answered. All of them would survive a power cut."""
         return sum(lane.waiting for lane in self._lanes.values())
 
+    def waiting_ids(self, begin: str) -> list[str]:
+        """Return which events that are not answered have an id that begins so."""
+        return self._store.ids(begin)
+
     def dropped(self) -> int:
         """Return how many events were dropped since it was opened."""
         return self._dropped

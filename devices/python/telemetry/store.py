@@ -220,6 +220,11 @@ class Store:
             raise self._error(error) from None
         return row[0] if row else None
 
+    def ids(self, begin: str) -> list[str]:
+        """Return the ids that begin so."""
+        sql = "SELECT event_id FROM events WHERE substr(event_id, 1, ?) = ?"
+        return [event_id for (event_id,) in self._query(sql, len(begin), begin)]
+
     def runs(self) -> list[Run]:
         """Return what was lost and not told yet."""
         sql = "SELECT device_id, salt, boot, first, last FROM lost ORDER BY rowid"
