@@ -17,7 +17,7 @@ from datetime import UTC, datetime, timedelta, tzinfo
 from typing import Any, NamedTuple
 
 from devices.bridge.moment import moment
-from devices.bridge.names import DeviceNames, TooManyNames, digest, event_type_of
+from devices.bridge.names import DeviceNames, TooManyNames, digest
 from devices.bridge.presets import COMMAND, COMMAND_LEVELS, Rule
 from devices.bridge.source import Place, Source, Sources
 from devices.bridge.units import LearntUnits
@@ -136,7 +136,7 @@ class Translator:
         if place is None:
             is_own = self._sources.is_own(message.topic)
             return _nothing(OWN_TOPIC if is_own else UNKNOWN_TOPIC, "")
-        source, rule, levels = place
+        source, rule = place.source, place.rule
         name = source.settings.preset
         if rule.learn:
             return self._learn(message, place)
@@ -144,14 +144,13 @@ class Translator:
             return _nothing(rule.ignore or COMMAND, name)
         if message.retained and not source.settings.retained:
             return _nothing(RETAINED, name)
-        device = ""
         try:
-            device = source.device(rule, levels)
             return self._readings(message, place)
         except (_DeadEnd, TooManyNames) as error:
-            if source.is_secret(device):  # it stays out of the dead letters and the log, too
+            if source.is_secret(place.device):  # it stays out of the dead letters and the log, too
                 return _nothing(str(error), name)
-            device_id = self._device_id_of(source.named(device, levels)) if device else None
+            named = source.named(place.device, place.levels)
+            device_id = self._device_id_of(named) if place.device else None
             return Translation([], {}, name, device_id, str(error))
 
     def _device_id_of(self, name: str) -> str | None:
@@ -163,7 +162,7 @@ class Translator:
     # --- what a payload holds --------------------------------------------------------
 
     def _readings(self, message: Incoming, place: Place) -> Translation:
-        source, rule, _ = place
+        source, rule = place.source, place.rule
         name = source.settings.preset
         if len(message.payload) > PAYLOAD_BYTES_MAX:
             raise _DeadEnd(TOO_LARGE)
@@ -193,7 +192,7 @@ class Translator:
         skipped: dict[str, int],
     ) -> None:
         """Add the readings of one document."""
-        source, rule, levels = place
+        source = place.source
         device, above = self._device(document, place)
         happened_at = self._time(document, message, source, device, received_at)
         if message.retained and happened_at is None:
@@ -201,14 +200,13 @@ class Translator:
             _count(skipped, RETAINED)
             return
         all_have = self._common(message, place, device, happened_at)
-        inside = _inside(document, rule)
+        inside = _inside(document, place.rule)
         siblings = _sibling_units(inside, source)
-        base = (*above, *rule.event_type.split("/"), *levels.get("event_type", "").split("/"))
+        base = (*above, *place.path)
         times: dict[str, int] = {}
         for path, value in _flat(inside):
             full = ".".join(filter(None, (*base, *path)))
-            event_type = event_type_of(full)
-            kind = source.kind(event_type)
+            kind = source.kind(full)
             if not kind.is_taken:
                 _count(skipped, LEFT)
                 continue
@@ -218,13 +216,17 @@ class Translator:
                 continue
             unit = None
             if not isinstance(found.value, str):
-                sibling = _unit_of_sibling(siblings, event_type)
-                learnt = self._learnt(message.topic, path, place)
-                unit = kind.told_unit or found.unit or sibling or learnt or kind.usual_unit
+                unit = (
+                    kind.told_unit
+                    or found.unit
+                    or _unit_of_sibling(siblings, kind.event_type)
+                    or self._learnt(message.topic, path, place)
+                    or kind.usual_unit
+                )
             elif len(found.value) > TEXT_CHARS_MAX:
                 raise _DeadEnd(TOO_LONG)
             meta = all_have.meta
-            if full != event_type or kind.name != event_type:
+            if kind.name != full:
                 meta = {**meta, "type": storable(full[:500])}
             number = times.get(kind.name, 0)
             times[kind.name] = number + 1
@@ -256,8 +258,7 @@ class Translator:
 
     def _device(self, document: Any, place: Place) -> tuple[str, tuple[str, ...]]:
         """Return the device's name, and what of it turns out to be the reading's path."""
-        source, rule, levels = place
-        device = source.device(rule, levels)
+        source, rule, device = place.source, place.rule, place.device
         if rule.device_keys and isinstance(document, dict):
             parts = (document.get(key) for key in rule.device_keys)
             device = "/".join(
@@ -280,8 +281,8 @@ class Translator:
         device: str,
         received_at: datetime,
     ) -> datetime | None:
-        for path in source.time:
-            given = _at(document, path.split("."))
+        for path in source.times:
+            given = _at(document, path)
             if given is not None:
                 found = moment(given, message.zone or source.settings.zone, received_at)
                 if found is not None:
@@ -296,6 +297,8 @@ class Translator:
         return found if age_seconds <= TIME_SECONDS_MAX else None
 
     def _learnt(self, topic: str, path: tuple[str, ...], place: Place) -> str | None:
+        if self.units.is_empty:
+            return None
         learnt = self.units.unit(topic, ".".join(filter(None, path)))
         if learnt is None and place.levels.get("event_type") == "state":
             learnt = self.units.unit(f"{topic.rpartition('/')[0]}\0", "")
@@ -304,7 +307,7 @@ class Translator:
     # --- what is learnt ----------------------------------------------------------------
 
     def _learn(self, message: Incoming, place: Place) -> Translation:
-        source, rule, _ = place
+        source, rule = place.source, place.rule
         if len(message.payload) <= LEARNT_BYTES_MAX:
             if rule.learn == "units":
                 self.units.learn_discovery(_json(message.payload))
@@ -320,10 +323,10 @@ class Translator:
         return _nothing(LEARNT, source.settings.preset)
 
     def _learn_time(self, message: Incoming, place: Place) -> None:
-        source, rule, levels = place
+        source = place.source
         text = message.payload[:100].decode("utf-8", "replace")
         received_at = message.received_at or datetime.now(UTC)
-        key = f"{source.settings.preset}\0{source.device(rule, levels)}"
+        key = f"{source.settings.preset}\0{place.device}"
         self._times.pop(key, None)
         if found := moment(text, message.zone or source.settings.zone, received_at):
             self._times[key] = found, message.received_at
