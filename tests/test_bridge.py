@@ -6,6 +6,7 @@ does not: look at formats; test_bridge_translate.py does.
 Invariant: what is lost or double is counted at the sender and on the wire.
 """
 
+import itertools
 import json
 import random
 import subprocess
@@ -191,6 +192,24 @@ def test_try_prints_the_bytes_that_are_sent(
     recorded.write_text(json.dumps({"topic": topic, "payload": text}))
     (line,) = run("--try", str(recorded)).stdout.splitlines()
     assert f'"events": {heard[0].decode()}' in line
+
+
+def test_messages_of_all_lengths_are_read_wherever_they_are_cut(
+    running: Pipeline, theirs: Mosquitto, bridges: ExitStack
+) -> None:
+    randomness = random.Random(18)
+    sizes = itertools.chain(range(1, 400), iter(lambda: randomness.choice((1, 3, 900, 20_000)), 0))
+    tap = bridges.enter_context(Tap(theirs.port, pieces=sizes))
+    bridge = start(bridges, running, ZIGBEE, tap.port)
+    # One, two and three bytes of length; the topic and the packet id count, too.
+    lengths = [9, *range(90, 130), *range(16_345, 16_385, 3), 60_000]
+    for number, length in enumerate(lengths):
+        text = f'{{"n":{number}}}'.ljust(length)
+        send(theirs, "zigbee2mqtt/K\u00fcche", text, qos=number % 3)
+    running.database.wait_count("events", len(lengths))
+    assert [row[2] for row in rows(running)] == list(range(len(lengths)))
+    wait_until(lambda: len(pubacked_ids(tap)) == sum(n % 3 > 0 for n in range(len(lengths))), "all")
+    assert bridge.stop() == 0
 
 
 def test_stored_copies_are_skipped_and_teach_units(running: Pipeline, bridges: ExitStack) -> None:
