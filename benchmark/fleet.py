@@ -52,10 +52,15 @@ def _publish(run: str, number: int, events_each: int) -> Publish:
     ids = [f"{run}-{number}-{index}" for index in range(events_each)]
     events = [_event(name, event_id, number) for event_id in ids]
     payload = json.dumps(events if events_each > 1 else events[0]).encode()
-    topic = f"qs/v1/{name}/events".encode()
     packet_id = number // DEVICES % PACKET_ID_MAX + 1
-    body = _string(topic) + packet_id.to_bytes(2, "big") + payload
-    return Publish(device, b"\x32" + _length(len(body)) + body, [i.encode() for i in ids])
+    encoded = packet(f"qs/v1/{name}/events", packet_id, payload)
+    return Publish(device, encoded, [event_id.encode() for event_id in ids])
+
+
+def packet(topic: str, packet_id: int, payload: bytes) -> bytes:
+    """Return a PUBLISH with QoS 1."""
+    body = _string(topic.encode()) + packet_id.to_bytes(2, "big") + payload
+    return b"\x32" + _length(len(body)) + body
 
 
 def _event(name: str, event_id: str, number: int) -> dict[str, object]:

@@ -92,6 +92,21 @@ def page(page_ms: dict[str, float]) -> str:
     return _table(["page", "ms"], [[what, f"{ms:.0f}"] for what, ms in page_ms.items()])
 
 
+def bridge(results: Results) -> str:
+    """Return the table of what the bridge takes, a column for each kind of message."""
+
+    def row(label: str, *path: str, digits: int = 0) -> list[str]:
+        return [label, *(f"{median(results, name, path=path):,.{digits}f}" for name in results)]
+
+    rows = [row("messages/s stored and ACKed", "messages_per_second")]
+    rows += [
+        row(f"CPU us per message, {part}", "cpu_microseconds", part)
+        for part in ("bridge", "broker", "ingester", "database")
+    ]
+    rows.append(row("load of the machine, 1 minute", "load", digits=1))
+    return _table(["", *results], rows)
+
+
 def render(name: str, results: dict[str, Any]) -> str:
     """Return everything as Markdown."""
     systems, rows = results["systems"], results["rows"]

@@ -3,6 +3,7 @@
     .venv/bin/python -m benchmark.run              everything, about 20 minutes
     .venv/bin/python -m benchmark.run --short      a minute: what CI runs
     .venv/bin/python -m benchmark.run --page       the page of charts alone, with 10 million rows
+    .venv/bin/python -m benchmark.run --bridge     the bridge alone, with the stack behind it
     .venv/bin/python -m benchmark.run --against FOLDER
                                                    the ingester beside that of another checkout
 
@@ -26,7 +27,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmark import node_red, page, profile, queries, report
+from benchmark import bridge, node_red, page, profile, queries, report
 from benchmark.fleet import Fleet, FleetError, publishes
 from benchmark.machine import CpuClock, describe, memory_peak_mb
 from tools.process import CHECKOUT, Process, StackError
@@ -324,6 +325,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="benchmark.run", description=__doc__.splitlines()[0])
     parser.add_argument("--short", action="store_true", help="what CI runs; keeps no results")
     parser.add_argument("--page", action="store_true", help="the page alone; keeps no results")
+    parser.add_argument("--bridge", action="store_true", help="the bridge; keeps no results")
     parser.add_argument("--name", help="of the files in benchmark/results (default: the date)")
     parser.add_argument(
         "--against", type=_checkout, metavar="FOLDER", help="another checkout, to compare with"
@@ -339,6 +341,9 @@ def main() -> int:
             return short(systems)
         if arguments.page:
             return page_alone()
+        if arguments.bridge:
+            print(report.bridge(bridge.measure(progress)))
+            return 0
         if arguments.against:
             size = AGAINST._replace(rounds=arguments.rounds)
             return against(arguments.against, size, f"{name}-against")
@@ -346,7 +351,7 @@ def main() -> int:
             node_red.install()
             systems["node-red"] = red
         return full(systems, name)
-    except (StackError, BenchmarkError, FleetError) as error:
+    except (StackError, BenchmarkError, FleetError, bridge.Missing) as error:
         print(f"benchmark: {error}", file=sys.stderr)
         return 1
 

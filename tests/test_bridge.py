@@ -6,6 +6,7 @@ does not: look at formats; test_bridge_translate.py does.
 Invariant: what is lost or double is counted at the sender and on the wire.
 """
 
+import itertools
 import json
 import random
 import subprocess
@@ -170,6 +171,45 @@ def test_a_message_becomes_rows(running: Pipeline, bridges: ExitStack) -> None:
     assert bridge.stop() == 0
     assert "messages 6" in bridge.log()
     assert running.database.count("events") == 4
+
+
+def test_try_prints_the_bytes_that_are_sent(
+    running: Pipeline, bridges: ExitStack, tmp_path: Path
+) -> None:
+    topic = "zigbee2mqtt/K\u00fcche"
+    text = '{"temperature":21.34,"state":"\u201eAn\u201c","last_seen":"2026-02-10T08:15:42.117Z"}'
+    heard: list[bytes] = []
+    listener = paho.Client(CallbackAPIVersion.VERSION2)
+    listener.on_message = lambda _client, _user, message: heard.append(bytes(message.payload))
+    listener.connect("127.0.0.1", running.mosquitto.port)
+    listener.subscribe("qs/v1/+/events", 1)
+    listener.loop_start()
+    bridges.callback(listener.loop_stop)
+    start(bridges, running, ZIGBEE)
+    send(running.mosquitto, topic, text)
+    wait_until(lambda: bool(heard), "the events")
+    recorded = tmp_path / "recorded.jsonl"
+    recorded.write_text(json.dumps({"topic": topic, "payload": text}))
+    (line,) = run("--try", str(recorded)).stdout.splitlines()
+    assert f'"events": {heard[0].decode()}' in line
+
+
+def test_messages_of_all_lengths_are_read_wherever_they_are_cut(
+    running: Pipeline, theirs: Mosquitto, bridges: ExitStack
+) -> None:
+    randomness = random.Random(18)
+    sizes = itertools.chain(range(1, 400), iter(lambda: randomness.choice((1, 3, 900, 20_000)), 0))
+    tap = bridges.enter_context(Tap(theirs.port, pieces=sizes))
+    bridge = start(bridges, running, ZIGBEE, tap.port)
+    # One, two and three bytes of length; the topic and the packet id count, too.
+    lengths = [9, *range(90, 130), *range(16_345, 16_385, 3), 60_000]
+    for number, length in enumerate(lengths):
+        text = f'{{"n":{number}}}'.ljust(length)
+        send(theirs, "zigbee2mqtt/K\u00fcche", text, qos=number % 3)
+    running.database.wait_count("events", len(lengths))
+    assert [row[2] for row in rows(running)] == list(range(len(lengths)))
+    wait_until(lambda: len(pubacked_ids(tap)) == sum(n % 3 > 0 for n in range(len(lengths))), "all")
+    assert bridge.stop() == 0
 
 
 def test_stored_copies_are_skipped_and_teach_units(running: Pipeline, bridges: ExitStack) -> None:

@@ -20,16 +20,18 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from devices.bridge import translate as bridge
-from devices.bridge.bridge import event_of
-from devices.bridge.moment import moment, written
+from devices.bridge.deadends import KEPT_MAX, PER_MINUTE_MAX, DeadEnds
+from devices.bridge.moment import moment
 from devices.bridge.names import DeviceNames
 from devices.bridge.presets import PRESETS
 from devices.bridge.source import Source, Sources, SourceSettings
 from devices.bridge.template import TemplateError, compile_template, groups, overlap
 from devices.bridge.translate import Incoming, Translation, Translator
 from devices.bridge.value import of_json, of_text
-from devices.python.telemetry.event import event_bytes
+from devices.python import telemetry
+from devices.python.telemetry.event import event_bytes, timestamp_text
 from ingester.event import Event, decode
+from ingester.rejection import Rejection
 
 DATA = Path(__file__).with_name("data")
 BERLIN = ZoneInfo("Europe/Berlin")
@@ -55,11 +57,19 @@ def sent(to: Translator, topic: str, text: str | bytes, **how: Any) -> Translati
 
 
 def told(translation: Translation) -> dict[str, Any]:
-    return {reading.event_type: reading.value for reading in translation.readings}
+    return {reading.event_type: reading.value for reading in translation.events}
+
+
+def time_of(event: telemetry.Event) -> str | None:
+    return timestamp_text(event.timestamp) if event.timestamp is not None else "now"
+
+
+def meta_of(event: telemetry.Event) -> dict[str, Any]:
+    return dict(event.meta or {})
 
 
 def units(translation: Translation) -> dict[str, Any]:
-    return {reading.event_type: reading.unit for reading in translation.readings}
+    return {reading.event_type: reading.unit for reading in translation.events}
 
 
 # --- the recorded messages ---------------------------------------------------------------
@@ -72,7 +82,7 @@ def test_each_recorded_message_becomes_what_is_written_beside_it() -> None:
     for message, becomes in zip(FOREIGN, BECOMES, strict=True):
         zone = ZoneInfo(message["tz"]) if "tz" in message else None
         made = sent(everything, message["topic"], payload(message), zone=zone)
-        events = [[r.device_id, r.event_type, r.value, r.unit, r.ts_device] for r in made.readings]
+        events = [[e.device_id, e.event_type, e.value, e.unit, time_of(e)] for e in made.events]
         assert message["topic"] == becomes["topic"]
         assert events == becomes["events"], message["topic"]
         assert made.dead_end is None
@@ -81,7 +91,7 @@ def test_each_recorded_message_becomes_what_is_written_beside_it() -> None:
 @pytest.mark.parametrize("message", FOREIGN, ids=lambda each: each["topic"])
 def test_a_stored_copy_is_an_old_state(message: dict[str, Any]) -> None:
     made = sent(translator(), message["topic"], payload(message), retained=True)
-    assert made.readings == []
+    assert made.events == []
     assert made.skipped
 
 
@@ -90,9 +100,26 @@ def test_a_message_sent_twice_has_the_same_ids_if_it_has_a_time(message: dict[st
     to = translator()
     first = sent(to, message["topic"], payload(message))
     second = sent(to, message["topic"], payload(message))
-    keys = [reading.key for reading in first.readings if reading.ts_device]
-    assert keys == [reading.key for reading in second.readings if reading.ts_device]
-    assert len(set(keys)) == len(keys)
+    ids = [event.event_id for event in first.events if time_of(event)]
+    assert ids == [event.event_id for event in second.events if time_of(event)]
+    assert len(set(ids)) == len(ids)
+
+
+def test_dead_ends_are_few_also_over_restarts() -> None:
+    minutes = [0]
+    earlier = [f"bridge-dead-end-{number}" for number in range(KEPT_MAX - PER_MINUTE_MAX - 1)]
+    dead_ends = DeadEnds(earlier, lambda: 60.0 * minutes[0])
+
+    def made(count: int) -> list[telemetry.Event]:
+        messages = [Incoming(f"a/{minutes}/{number}", b"{") for number in range(count)]
+        events = [dead_ends.event(message, "not JSON", None) for message in messages]
+        return [event for event in events if event is not None]
+
+    assert len(made(PER_MINUTE_MAX + 1)) == PER_MINUTE_MAX
+    minutes[0] = 1
+    assert len(made(2)) == 1
+    dead_ends.gone(earlier[0])
+    assert len(made(3)) == 1
 
 
 # --- values ------------------------------------------------------------------------------
@@ -154,15 +181,15 @@ def test_other_names_are_not_taken_for_that_of_an_id(key: str) -> None:
 @pytest.mark.parametrize(
     ("given_time", "expected"),
     [
-        ("2026-11-20T08:15:42.117Z", "2026-11-20T08:15:42.117000Z"),
+        ("2026-11-20T08:15:42.117Z", "2026-11-20T08:15:42.117Z"),
         ("2026-11-20T09:15:42+01:00", "2026-11-20T08:15:42Z"),
         ("2026-11-20T09:15:42.515791+0100", "2026-11-20T08:15:42.515791Z"),
         ("2026-11-20 09:15:42", "2026-11-20T08:15:42Z"),
         ("2026-11-20T09:15:42", "2026-11-20T08:15:42Z"),
         ("2026-11-20T08:15:42.812345678Z", "2026-11-20T08:15:42.812345Z"),
         (1795162542, "2026-11-20T08:15:42Z"),
-        (1795162542.65, "2026-11-20T08:15:42.650000Z"),
-        (1795162542117, "2026-11-20T08:15:42.117000Z"),
+        (1795162542.65, "2026-11-20T08:15:42.650Z"),
+        (1795162542117, "2026-11-20T08:15:42.117Z"),
         ("1795162542", "2026-11-20T08:15:42Z"),
         # Summer time; the hour that the clock shows twice, and the one that it skips.
         ("2026-07-01T12:00:00", "2026-07-01T10:00:00Z"),
@@ -176,7 +203,7 @@ def test_other_names_are_not_taken_for_that_of_an_id(key: str) -> None:
 )
 def test_a_time_is_read_or_left_out(given_time: object, expected: str | None) -> None:
     found = moment(given_time, BERLIN, NOW)
-    assert (written(found) if found else None) == expected
+    assert (timestamp_text(found) if found else None) == expected
 
 
 def test_an_hour_that_comes_twice_is_the_second_one_if_it_came_then() -> None:
@@ -190,8 +217,8 @@ def test_an_hour_that_comes_twice_is_the_second_one_if_it_came_then() -> None:
 
 def test_a_name_becomes_an_id_and_is_kept_in_meta() -> None:
     made = sent(translator("zigbee2mqtt"), "zigbee2mqtt/Küche/Stecker 1", '{"power":1}')
-    assert [reading.device_id for reading in made.readings] == ["K_che.Stecker_1"]
-    assert made.readings[0].meta["device"] == "Küche/Stecker 1"
+    assert [reading.device_id for reading in made.events] == ["K_che.Stecker_1"]
+    assert meta_of(made.events[0])["device"] == "Küche/Stecker 1"
 
 
 def test_two_names_never_have_one_id() -> None:
@@ -247,14 +274,14 @@ def test_a_unit_is_learnt_from_discovery_in_short_and_in_long_keys() -> None:
 
 def test_zigbee2mqtt_attribute_by_attribute() -> None:
     made = sent(translator("zigbee2mqtt"), "zigbee2mqtt/hall/lamp/brightness", "254")
-    assert [(r.device_id, r.event_type, r.value) for r in made.readings] == [
+    assert [(r.device_id, r.event_type, r.value) for r in made.events] == [
         ("hall.lamp", "brightness", 254)
     ]
 
 
 def test_tasmota_in_the_other_order_of_prefix_and_topic() -> None:
     made = sent(translator("tasmota"), "plug/tele/SENSOR", '{"ENERGY":{"Power":3}}')
-    assert [(r.device_id, r.event_type, r.unit) for r in made.readings] == [
+    assert [(r.device_id, r.event_type, r.unit) for r in made.events] == [
         ("plug", "ENERGY.Power", "W")
     ]
 
@@ -264,7 +291,7 @@ def test_tasmota_with_an_empty_key_and_two_packets_run_together() -> None:
     text = '{"Time":"2026-11-20T09:15:00","":{"Power":[1,2]}}{"Time":"2026-11-20T09:15:01","a":3}'
     made = sent(to, "tele/m/SENSOR", text)
     assert told(made) == {"Power.0": 1, "Power.1": 2, "a": 3}
-    assert len({reading.key for reading in made.readings}) == 3
+    assert len({event.event_id for event in made.events}) == 3
 
 
 def test_tasmota_tells_the_unit_beside_the_value() -> None:
@@ -280,8 +307,8 @@ def test_shelly_button_is_an_event_of_its_input() -> None:
     )
     made = sent(translator("shelly-gen2"), "house/s/events/rpc", text)
     assert told(made) == {"input:0.event": "single_push"}
-    assert made.readings[0].ts_device == "2026-11-20T08:15:42.650000Z"
-    assert made.readings[0].device_id == "house.s"
+    assert time_of(made.events[0]) == "2026-11-20T08:15:42.650Z"
+    assert made.events[0].device_id == "house.s"
 
 
 def test_the_same_change_by_a_second_topic_is_one_reading() -> None:
@@ -299,7 +326,7 @@ def test_a_sensor_that_sends_everything_twice_at_once_is_heard_once() -> None:
     to = translator("openmqttgateway")
     topic = "home/gw/BTtoMQTT/A4C138112233"
     assert told(sent(to, topic, '{"tempc":26.9}'))
-    assert not sent(to, topic, '{"tempc":26.9}').readings
+    assert not sent(to, topic, '{"tempc":26.9}').events
     later = sent(to, topic, '{"tempc":26.9}', received_at=NOW + timedelta(seconds=9))
     assert told(later) == {"tempc": 26.9}
 
@@ -308,7 +335,7 @@ def test_what_the_broker_delivers_again_is_never_taken_for_a_repetition() -> Non
     to = translator("openmqttgateway")
     topic = "home/gw/BTtoMQTT/A4C138112233"
     sent(to, topic, '{"tempc":26.9}')
-    assert sent(to, topic, '{"tempc":26.9}', is_redelivered=True).readings
+    assert sent(to, topic, '{"tempc":26.9}', is_redelivered=True).events
 
 
 def test_a_button_pressed_twice_is_two_events() -> None:
@@ -316,19 +343,19 @@ def test_a_button_pressed_twice_is_two_events() -> None:
     for _ in range(2):
         made = sent(to, "zigbee2mqtt/hall button", '{"action":"single"}')
         assert told(made) == {"action": "single"}
-        assert made.readings[0].key is None
-    assert not sent(to, "zigbee2mqtt/hall button", '{"action":""}').readings
+        assert made.events[0].event_id is None
+    assert not sent(to, "zigbee2mqtt/hall button", '{"action":""}').events
 
 
 def test_rtl_433_has_the_time_in_the_message_before() -> None:
     to = translator("rtl_433")
     sent(to, "rtl_433/devices/Nexus-TH/2/147/time", "2026-11-20 09:15:42")
     topic = "rtl_433/devices/Nexus-TH/2/147/temperature_C"
-    assert sent(to, topic, "21.5").readings[0].ts_device == "2026-11-20T08:15:42Z"
+    assert time_of(sent(to, topic, "21.5").events[0]) == "2026-11-20T08:15:42Z"
     late = sent(to, topic, "21.5", received_at=NOW + timedelta(seconds=60))
-    assert late.readings[0].ts_device is None
+    assert time_of(late.events[0]) is None
     other = sent(to, "rtl_433/devices/Nexus-TH/3/9/temperature_C", "21.5")
-    assert other.readings[0].ts_device is None
+    assert time_of(other.events[0]) is None
 
 
 def test_rtl_433_sends_both_forms_and_each_reading_is_stored_once() -> None:
@@ -336,7 +363,7 @@ def test_rtl_433_sends_both_forms_and_each_reading_is_stored_once() -> None:
     whole = '{"time":"2026-11-20 09:15:42","model":"Nexus-TH","id":147,"channel":2,"humidity":47}'
     assert told(sent(to, "rtl_433/vm/events", whole)) == {"humidity": 47}
     sent(to, "rtl_433/vm/devices/Nexus-TH/2/147/time", "2026-11-20 09:15:42")
-    assert not sent(to, "rtl_433/vm/devices/Nexus-TH/2/147/humidity", "47").readings
+    assert not sent(to, "rtl_433/vm/devices/Nexus-TH/2/147/humidity", "47").events
 
 
 def test_statestream_learns_the_unit_after_the_state() -> None:
@@ -351,7 +378,7 @@ def test_collectd_sends_the_time_in_front_of_its_values() -> None:
     assert told(made) == {"interface-eth0.if_octets.0": 10, "interface-eth0.if_octets.1": 20}
     made = sent(to, "collectd/nas/memory/memory-used", b"1795162542.554:913203200\0")
     assert told(made) == {"memory.memory-used": 913203200}
-    assert made.readings[0].ts_device == "2026-11-20T08:15:42.554000Z"
+    assert time_of(made.events[0]) == "2026-11-20T08:15:42.554Z"
 
 
 def test_an_ecowitt_passkey_is_kept_nowhere() -> None:
@@ -363,12 +390,12 @@ def test_an_ecowitt_passkey_is_kept_nowhere() -> None:
 
 def test_bytes_of_a_program_that_knows_no_utf_8_are_a_number_if_they_are_one() -> None:
     made = sent(translator("plain"), "home/kitchen/temperature", b"21,5 \xb0C")
-    assert [(r.value, r.unit) for r in made.readings] == [(21.5, "°C")]
+    assert [(r.value, r.unit) for r in made.events] == [(21.5, "°C")]
 
 
 @pytest.mark.parametrize("topic", ["$SYS/broker/uptime", "a/b/set", "cmnd/x/POWER"])
 def test_a_template_for_everything_brings_no_command_either(topic: str) -> None:
-    assert not sent(translator("plain", topic="{device}/{event_type...}"), topic, "1").readings
+    assert not sent(translator("plain", topic="{device}/{event_type...}"), topic, "1").events
 
 
 @pytest.mark.parametrize(
@@ -393,7 +420,7 @@ def test_a_template_for_everything_brings_no_command_either(topic: str) -> None:
 )
 def test_commands_discovery_and_logs_are_no_readings(topic: str, text: str) -> None:
     made = sent(translator(), topic, text)
-    assert not made.readings
+    assert not made.events
     assert made.dead_end is None
     assert made.skipped
 
@@ -422,7 +449,7 @@ def test_what_looks_like_a_reading_and_is_too_much_is_a_dead_end(
 ) -> None:
     made = sent(translator("tasmota"), "tele/x/SENSOR", text)
     assert made.dead_end == why
-    assert not made.readings
+    assert not made.events
     assert made.device_id == "x"
 
 
@@ -451,14 +478,14 @@ def test_a_source_can_be_changed_without_code() -> None:
         time=("when",),
     )
     made = sent(to, "site/attic/s1/x/t", '{"c":3,"debug":9,"when":"2026-11-20T08:15:42Z"}')
-    (reading,) = made.readings
+    (reading,) = made.events
     assert (reading.device_id, reading.event_type, reading.unit) == (
         "attic-s1",
         "temperature",
         "°C",
     )
-    assert reading.ts_device == "2026-11-20T08:15:42Z"
-    assert reading.meta["type"] == "t.c"
+    assert time_of(reading) == "2026-11-20T08:15:42Z"
+    assert meta_of(reading)["type"] == "t.c"
 
 
 def test_take_names_the_only_ones_that_are_stored() -> None:
@@ -470,8 +497,8 @@ def test_take_names_the_only_ones_that_are_stored() -> None:
 def test_stored_copies_with_a_time_are_taken_where_that_is_wanted() -> None:
     to = translator("zigbee2mqtt", retained=True)
     with_time = '{"last_seen":"2026-11-20T08:15:42Z","power":1}'
-    assert sent(to, "zigbee2mqtt/x", with_time, retained=True).readings
-    assert not sent(to, "zigbee2mqtt/x", '{"power":1}', retained=True).readings
+    assert sent(to, "zigbee2mqtt/x", with_time, retained=True).events
+    assert not sent(to, "zigbee2mqtt/x", '{"power":1}', retained=True).events
 
 
 @pytest.mark.parametrize(
@@ -574,6 +601,13 @@ DOCUMENTS = st.recursive(
 EVERYTHING = [name for name in PRESETS if name != "plain"]
 
 
+def decoded(event: telemetry.Event) -> Event | Rejection:
+    assert event.device_id is not None
+    text = event_bytes(event.event_id or "by-the-outbox", event.device_id, event, None)
+    (result,) = decode(event.device_id, text, UTC).results
+    return result
+
+
 @given(topic=TOPICS, data=DOCUMENTS | st.binary(max_size=60), retained=st.booleans())
 @example(topic="a/b/sensor/x/state", data=b"\xff", retained=False)
 @example(topic="zigbee2mqtt/\0\ud800", data=b'{"\\ud800":"\\u0000"}', retained=False)
@@ -588,12 +622,9 @@ def test_whatever_comes_never_raises_and_gives_only_what_the_ingester_takes(
         )
     )
     made = sent(to, topic, data, retained=retained)
-    assert (
-        made.readings or made.skipped or made.dead_end or data.strip(b" \t\r\n") in (b"{}", b"[]")
-    )
-    for reading in made.readings:
-        event = event_of(reading)
-        event_id = event.event_id or "made-by-the-outbox"
-        text = event_bytes(event_id, reading.device_id, event, None)
-        (result,) = decode(reading.device_id, text, UTC).results
-        assert isinstance(result, Event), result
+    assert made.events or made.skipped or made.dead_end or data.strip(b" \t\r\n") in (b"{}", b"[]")
+    for event in made.events:
+        assert isinstance(decoded(event), Event)
+    dead_end = DeadEnds([], lambda: 0.0).event(Incoming(topic, data), "not JSON", None)
+    assert dead_end is not None
+    assert isinstance(decoded(dead_end), Rejection)

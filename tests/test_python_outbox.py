@@ -292,6 +292,7 @@ def test_an_id_from_outside_is_one_event_however_often_it_is_added(bench: Bench)
     outbox = bench.open(None)
     assert outbox.add_all([event]) == ["0a1b"]
     assert (outbox.waiting(), outbox.repeated()) == (1, 1)
+    assert (outbox.waiting_ids("0a"), outbox.waiting_ids("1b")) == (["0a1b"], [])
     outbox.connected()
     assert outbox.subscriptions() == ["qs/v1/+/acks"]
     (message,) = outbox.due()

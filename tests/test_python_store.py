@@ -62,6 +62,7 @@ def stored(outbox: Outbox, *event_ids: str) -> None:
         {"schema": 1, "event_id": it, "device_id": "pi", "status": "stored"} for it in event_ids
     ]
     outbox.on_message("qs/v1/pi/acks", json.dumps(answers).encode())
+    outbox.due()  # deletes them
 
 
 def opened(folder: Path) -> tuple[dict[str, bytes], int]:

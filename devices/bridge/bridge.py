@@ -13,22 +13,21 @@ import select
 import sqlite3
 import time
 from collections import Counter
-from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
 from devices.bridge.complaints import Complaints
 from devices.bridge.config import Configuration
-from devices.bridge.deadends import BridgeOutbox
+from devices.bridge.deadends import ID_BEGIN, DeadEnds
 from devices.bridge.names import DeviceNames
 from devices.bridge.received import Received
 from devices.bridge.session import Arrived, Session
 from devices.bridge.template import groups, overlap
-from devices.bridge.translate import Incoming, Reading, Translator
+from devices.bridge.translate import Incoming, Translator
 from devices.python.telemetry import (
-    NO_TIME,
     Event,
     EventRefused,
+    Outbox,
     PahoLink,
     Rejected,
     StoreFull,
@@ -43,8 +42,6 @@ BYTES_MAX = 512 * 1024 * 1024
 # Of a topic in a line of the log.
 SHOWN_CHARS_MAX = 120
 
-Keeper = Callable[[sqlite3.Connection], Any]
-
 log = logging.getLogger("bridge")
 
 
@@ -55,16 +52,18 @@ class Bridge:
         self._configuration = configuration
         self._heartbeat_file = heartbeat_file
         topics = configuration.topics
-        self._outbox = BridgeOutbox(
+        self._outbox = Outbox(
             configuration.store,
-            topics.events.replace("+", "{device_id}"),
-            topics.acks,
             events_max=EVENTS_MAX,
             bytes_max=BYTES_MAX,
+            events_topic=topics.events.replace("+", "{device_id}"),
+            acks_topic=topics.acks,
         )
+        self._dead_ends = DeadEnds(self._outbox.waiting_ids(ID_BEGIN), time.monotonic)
         self._outbox.on_rejected = self._on_rejected
+        self._outbox.on_dropped = self._dead_ends.gone
         self._received = Received()
-        self._outbox.add_all([], also=self._open_tables)
+        self._outbox.add_all([], also=self._received.open)
         self._translator = Translator(
             configuration.sources,
             DeviceNames(self._received.names),
@@ -105,10 +104,6 @@ class Bridge:
         }
         self._beat_at = 0.0
         self.is_stopping = False
-
-    def _open_tables(self, connection: sqlite3.Connection) -> None:
-        self._received.open(connection)
-        self._outbox.open_dead_ends(connection)
 
     def run(self) -> None:
         """Work until is_stopping is set. Raises an OutboxError that no waiting helps against."""
@@ -151,7 +146,7 @@ class Bridge:
     def _take(self, number: int, session: Session, arrived: list[Arrived]) -> None:
         """Make events of messages, keep them, and PUBACK."""
         events: list[Event] = []
-        dead_ends: list[Keeper] = []
+        dead_ends: list[Event] = []
         now = datetime.now(UTC)
         for message in arrived:
             self._counts["messages"] += 1
@@ -167,10 +162,8 @@ class Bridge:
 
         def also(connection: sqlite3.Connection) -> None:
             self._received.write(connection, rows, names)
-            for keep in dead_ends:
-                keep(connection)
 
-        for result in self._keep(events, also):
+        for result in self._keep([*events, *dead_ends], also):
             if isinstance(result, EventRefused):
                 self._complaints.add("an event was refused by the outbox", str(result))
         names.clear()
@@ -200,7 +193,7 @@ class Bridge:
                 if self.is_stopping:
                     raise SystemExit(1)
 
-    def _events(self, arrived: Arrived, now: datetime, dead_ends: list[Keeper]) -> list[Event]:
+    def _events(self, arrived: Arrived, now: datetime, dead_ends: list[Event]) -> list[Event]:
         message = Incoming(
             arrived.topic,
             arrived.payload,
@@ -216,10 +209,10 @@ class Bridge:
         if translation.dead_end is not None:
             self._counts[f"dead end: {translation.dead_end}"] += 1
             self._complaints.add(translation.dead_end, arrived.topic[:SHOWN_CHARS_MAX])
-            keep = self._outbox.dead_end(message, translation.dead_end, translation.device_id)
-            if keep is not None:
-                dead_ends.append(keep)
-        return [event_of(reading) for reading in translation.readings]
+            event = self._dead_ends.event(message, translation.dead_end, translation.device_id)
+            if event is not None:
+                dead_ends.append(event)
+        return translation.events
 
     # --- what is due --------------------------------------------------------------------------
 
@@ -253,23 +246,12 @@ class Bridge:
         self._counts.clear()
 
     def _on_rejected(self, rejected: Rejected) -> None:
+        if rejected.event_id.startswith(ID_BEGIN):  # what it is for
+            self._dead_ends.gone(rejected.event_id)
+            return
         self._counts["rejected"] += 1
         kind = f"the ingester rejects what came from {_source_topic(rejected.payload)}"
         self._complaints.add(kind, f"{rejected.event_id}: {rejected.reason}: {rejected.error}")
-
-
-def event_of(reading: Reading) -> Event:
-    """Return the event as the outbox takes it."""
-    ts_device = reading.ts_device
-    return Event(
-        reading.event_type,
-        reading.value,
-        reading.unit,
-        NO_TIME if ts_device is None else datetime.fromisoformat(ts_device),
-        reading.meta,
-        reading.device_id,
-        None if reading.key is None else f"bridge-{reading.key}",
-    )
 
 
 def _source_topic(payload: bytes) -> str:

@@ -15,6 +15,7 @@ PLAUSIBLE_FROM = datetime(2001, 1, 1, tzinfo=UTC)
 # So much may another clock be ahead of ours.
 AHEAD_MAX = timedelta(minutes=2)
 
+_EPOCH_BEGIN = datetime(1970, 1, 1, tzinfo=UTC)
 _ISO = re.compile(
     r"([0-9]{4}-[0-9]{2}-[0-9]{2})[T ]([0-9]{2}:[0-9]{2}(?::[0-9]{2})?)(?:[.,]([0-9]{1,12}))?"
     r"\s?(Z|z|UTC|[+-][0-9]{2}(?::?[0-9]{2})?)?"
@@ -38,18 +39,11 @@ def moment(given: Any, zone: tzinfo, received_at: datetime) -> datetime | None:
     return found
 
 
-def written(found: datetime) -> str:
-    """Return it as the contract has it."""
-    return found.astimezone(UTC).isoformat().replace("+00:00", "Z")
-
-
 def _from_epoch(number: float) -> datetime | None:
     for factor in (1, 1_000, 1_000_000, 1_000_000_000):  # until the year 5138 of each
         if abs(number) < 1e11 * factor:
             try:
-                return datetime.fromtimestamp(0, UTC) + timedelta(
-                    microseconds=round(number * 1_000_000 / factor)
-                )
+                return _EPOCH_BEGIN + timedelta(microseconds=round(number * 1_000_000 / factor))
             except (OverflowError, ValueError):
                 return None
     return None

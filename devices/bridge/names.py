@@ -41,31 +41,28 @@ class DeviceNames:
     """The names that have come so far, and their ids."""
 
     def __init__(self, known: Iterable[str] = ()) -> None:
+        self._ids: dict[str, str] = {}  # of each name, as long as it is the only one with it
         self._names_by_id: dict[str, list[str]] = {}
-        self._count = 0
         self.new: list[str] = []  # names that whoever keeps them has not taken yet
         for name in known:
             self._add(name)
 
     def device_id(self, name: str) -> str:
         """Return the id of a name. Raises TooManyNames."""
-        plain = _plain(name)
-        names = self._names_by_id.get(plain)
-        if names is None or name not in names:
-            if self._count >= NAMES_MAX:
+        if name not in self._ids:
+            if len(self._ids) >= NAMES_MAX:
                 raise TooManyNames(f"more than {NAMES_MAX} devices: a new name is not taken")
             self._add(name)
             self.new.append(name)
-            names = self._names_by_id[plain]
-        if len(names) == 1:
+        plain = self._ids[name]
+        if len(self._names_by_id[plain]) == 1:
             return plain
         return f"{plain[: DEVICE_ID_CHARS_MAX - 9]}-{digest(name, 8)}"
 
     def _add(self, name: str) -> None:
-        names = self._names_by_id.setdefault(_plain(name), [])
-        if name not in names:
-            names.append(name)
-            self._count += 1
+        if name not in self._ids:
+            self._ids[name] = plain = _plain(name)
+            self._names_by_id.setdefault(plain, []).append(name)
 
 
 def _plain(name: str) -> str:

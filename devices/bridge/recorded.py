@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from typing import Any, TextIO
 from zoneinfo import ZoneInfo
 
-from devices.bridge.event import event_of
 from devices.bridge.source import Sources
 from devices.bridge.translate import Incoming, Translation, Translator
+from devices.python.telemetry.event import event_bytes
 
 
 class RecordError(Exception):
@@ -45,18 +45,23 @@ def messages(file: TextIO, name: str) -> Iterator[Incoming]:
 
 
 def as_line(message: Incoming, translation: Translation, number: int) -> str:
-    """Return what a message becomes, as one line of JSON."""
+    """Return what a message becomes, as one line of JSON; its events are what would be sent."""
     events = [
-        event_of(reading, f"made-by-the-outbox-{number}-{index}")
-        for index, reading in enumerate(translation.readings)
+        event_bytes(
+            event.event_id or f"made-by-the-outbox-{number}-{index}",
+            event.device_id or "",
+            event,
+            None,
+        ).decode()
+        for index, event in enumerate(translation.events)
     ]
-    line: dict[str, Any] = {"topic": message.topic, "preset": translation.source}
-    line["events"] = events
+    line: dict[str, Any] = {"topic": message.topic, "preset": translation.source, "events": []}
     if translation.skipped:
         line["not_stored"] = dict(translation.skipped)
     if translation.dead_end:
         line["dead_end"] = translation.dead_end
-    return json.dumps(line, ensure_ascii=False)
+    text = json.dumps(line, ensure_ascii=False)
+    return text.replace('"events": []', f'"events": [{",".join(events)}]', 1)
 
 
 def tried(recorded: list[Incoming], sources: Sources) -> Iterator[str]:

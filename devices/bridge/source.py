@@ -13,6 +13,7 @@ from datetime import tzinfo
 from fnmatch import translate
 from typing import NamedTuple
 
+from devices.bridge.names import EVENT_TYPE_CHARS_MAX, event_type_of
 from devices.bridge.presets import DISCOVERY_RULES, PRESETS, Preset, Rule
 from devices.bridge.template import TOPIC_CHARS_MAX, Template, compile_template, overlap
 
@@ -42,6 +43,8 @@ class Place(NamedTuple):
     source: "Source"
     rule: Rule
     levels: Mapping[str, str]
+    device: str  # its name by the topic; empty if the topic has none
+    path: tuple[str, ...]  # of the event type, in front of that of a payload's keys
 
 
 class Source:
@@ -62,7 +65,7 @@ class Source:
             template = compile_template(topic.replace("{prefix}", prefix), rule.where)
             self._rules.append((rule, template))
         self.prefix = prefix
-        self.time = settings.time or self.preset.time
+        self.times = [path.split(".") for path in settings.time or self.preset.time]
         self._takes = _any_of(settings.take)
         times = [pattern for path in settings.time for pattern in (path, f"*.{path}")]
         self._leaves = _any_of((*self.preset.leave, *settings.leave, *times))
@@ -94,12 +97,14 @@ class Source:
         """Return where the topic belongs in this source, and how closely it fits."""
         for rule, template in self._rules:
             if (levels := template.match(topic)) is not None:
-                return template.literals, Place(self, rule, levels)
+                return template.literals, self.place_of(rule, levels)
         return None
 
-    def device(self, rule: Rule, levels: Mapping[str, str]) -> str:
-        """Return the device's name by its topic; empty if the topic has none."""
-        return _filled(rule.device, {"prefix": self.prefix, "device": self.prefix, **levels})
+    def place_of(self, rule: Rule, levels: Mapping[str, str]) -> Place:
+        """Return where a topic that the rule has taken apart belongs."""
+        known = {"prefix": self.prefix, "device": self.prefix, **levels}
+        parts = (*rule.event_type.split("/"), *levels.get("event_type", "").split("/"))
+        return Place(self, rule, levels, _filled(rule.device, known), tuple(filter(None, parts)))
 
     def named(self, name: str, levels: Mapping[str, str]) -> str:
         """Return the device's name as the configuration wants it."""
@@ -110,18 +115,20 @@ class Source:
         """Tell whether the device's name must be kept nowhere."""
         return self._is_secret is not None and self._is_secret.fullmatch(name) is not None
 
-    def kind(self, event_type: str) -> "Kind":
-        """Return what the configuration and the tables say of an event type."""
-        known = self._known.get(event_type)
+    def kind(self, path: str) -> "Kind":
+        """Return what the configuration and the tables say of a path, and its event type."""
+        known = self._known.get(path)
         if known is None:
+            event_type = event_type_of(path)
             known = Kind(
+                event_type,
                 self._is_taken(event_type),
                 _first(self._told_units, event_type),
                 _first(self._units, event_type),
                 self.settings.rename.get(event_type, event_type),
             )
-            if len(self._known) < _CACHED_MAX:
-                self._known[event_type] = known
+            if len(self._known) < _CACHED_MAX and len(path) <= EVENT_TYPE_CHARS_MAX:
+                self._known[path] = known
         return known
 
     def _is_taken(self, event_type: str) -> bool:
@@ -133,6 +140,7 @@ class Source:
 class Kind(NamedTuple):
     """An event type: is it stored, its unit by the configuration and the preset, and its name."""
 
+    event_type: str
     is_taken: bool
     told_unit: str | None
     usual_unit: str | None
@@ -176,7 +184,7 @@ class Sources:
             return None
         for rule, template in self._discovery:
             if (levels := template.match(topic)) is not None and self.sources:
-                return Place(self.sources[0], rule, levels)
+                return self.sources[0].place_of(rule, levels)
         best: tuple[tuple[int, int], Place] | None = None
         for source in self.sources:
             found = source.place(topic)

@@ -16,12 +16,14 @@ from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime, timedelta, tzinfo
 from typing import Any, NamedTuple
 
-from devices.bridge.moment import moment, written
-from devices.bridge.names import DeviceNames, TooManyNames, digest, event_type_of
+from devices.bridge.moment import moment
+from devices.bridge.names import DeviceNames, TooManyNames, digest
 from devices.bridge.presets import COMMAND, COMMAND_LEVELS, Rule
 from devices.bridge.source import Place, Source, Sources
 from devices.bridge.units import LearntUnits
 from devices.bridge.value import TEXT_CHARS_MAX, of_json, of_text, storable, unit_name
+from devices.python.telemetry import NO_TIME, Event
+from devices.python.telemetry.event import timestamp_text
 
 # Bytes. Zigbee2MQTT's list of devices can have some MB, and is no reading.
 PAYLOAD_BYTES_MAX = 65_536
@@ -69,25 +71,13 @@ class Incoming(NamedTuple):
     zone: tzinfo | None = None  # of a recorded message, where it is not the source's
 
 
-class Reading(NamedTuple):
-    """What becomes an event. `key` is its id, None if the message has no time of its own."""
-
-    key: str | None
-    device_id: str
-    event_type: str
-    value: float | int | str
-    unit: str | None
-    ts_device: str | None
-    meta: dict[str, str]
-
-
 class Translation(NamedTuple):
-    """What a message becomes: readings, and how many values were not stored and why.
+    """What a message becomes: events, and how many values were not stored and why.
 
-    `dead_end` says why something that looks like a reading is none; it has no readings then.
+    `dead_end` says why something that looks like a reading is none; it has no events then.
     """
 
-    readings: list[Reading]
+    events: list[Event]
     skipped: Mapping[str, int]
     source: str
     device_id: str | None = None
@@ -95,26 +85,29 @@ class Translation(NamedTuple):
 
 
 class _Common(NamedTuple):
-    """What all readings of a document have; `key` is None if it has no time of its own."""
+    """What all readings of a document have; `event_id` begins theirs if it has a time of its own.
 
-    key: str | None
+    Without one they get their ids from the outbox.
+    """
+
+    event_id: str | None
     device_id: str
-    ts_device: str | None
-    meta: dict[str, str]
+    happened_at: datetime | float
+    meta: dict[str, Any]
 
-    def reading(
+    def event(
         self,
         event_type: str,
-        value: float | int | str,
+        value: float | str,
         unit: str | None,
-        meta: dict[str, str],
+        meta: dict[str, Any],
         number: int,
-    ) -> Reading:
-        """Return a reading; `number` tells those of one document apart that have one type."""
-        key = self.key
-        if key is not None:
-            key = f"{key}-{number}-{event_type}" if number else f"{key}-{event_type}"
-        return Reading(key, self.device_id, event_type, value, unit, self.ts_device, meta)
+    ) -> Event:
+        """Return the event; `number` tells those of one document apart that have one type."""
+        event_id = self.event_id
+        if event_id is not None:
+            event_id += f"-{number}-{event_type}" if number else f"-{event_type}"
+        return Event(event_type, value, unit, self.happened_at, meta, self.device_id, event_id)
 
 
 class _DeadEnd(Exception):
@@ -135,7 +128,7 @@ class Translator:
         self.units = units or LearntUnits()
         self._times: OrderedDict[str, tuple[datetime, datetime | None]] = OrderedDict()
         self._messages: OrderedDict[bytes, datetime] = OrderedDict()
-        self._values: OrderedDict[tuple[str, str, object], tuple[str, datetime]] = OrderedDict()
+        self._values: OrderedDict[tuple[object, ...], tuple[str, datetime]] = OrderedDict()
 
     def translate(self, message: Incoming) -> Translation:
         """Return what a message becomes. Never raises."""
@@ -143,7 +136,7 @@ class Translator:
         if place is None:
             is_own = self._sources.is_own(message.topic)
             return _nothing(OWN_TOPIC if is_own else UNKNOWN_TOPIC, "")
-        source, rule, levels = place
+        source, rule = place.source, place.rule
         name = source.settings.preset
         if rule.learn:
             return self._learn(message, place)
@@ -151,14 +144,13 @@ class Translator:
             return _nothing(rule.ignore or COMMAND, name)
         if message.retained and not source.settings.retained:
             return _nothing(RETAINED, name)
-        device = ""
         try:
-            device = source.device(rule, levels)
             return self._readings(message, place)
         except (_DeadEnd, TooManyNames) as error:
-            if source.is_secret(device):  # it stays out of the dead letters and the log, too
+            if source.is_secret(place.device):  # it stays out of the dead letters and the log, too
                 return _nothing(str(error), name)
-            device_id = self._device_id_of(source.named(device, levels)) if device else None
+            named = source.named(place.device, place.levels)
+            device_id = self._device_id_of(named) if place.device else None
             return Translation([], {}, name, device_id, str(error))
 
     def _device_id_of(self, name: str) -> str | None:
@@ -170,7 +162,7 @@ class Translator:
     # --- what a payload holds --------------------------------------------------------
 
     def _readings(self, message: Incoming, place: Place) -> Translation:
-        source, rule, _ = place
+        source, rule = place.source, place.rule
         name = source.settings.preset
         if len(message.payload) > PAYLOAD_BYTES_MAX:
             raise _DeadEnd(TOO_LARGE)
@@ -180,15 +172,15 @@ class Translator:
         documents = _documents(message.payload, rule)
         if documents is None:
             return _nothing(BINARY, name)
-        readings: list[Reading] = []
+        events: list[Event] = []
         skipped: dict[str, int] = {}
         for document in documents:
-            self._take(document, message, place, received_at, readings, skipped)
-        if len(readings) > READINGS_MAX:
+            self._take(document, message, place, received_at, events, skipped)
+        if len(events) > READINGS_MAX:
             raise _DeadEnd(TOO_MANY)
         if source.preset.echo_seconds and message.received_at and not message.is_redelivered:
-            readings = self._without_echoes(readings, message, source, skipped)
-        return Translation(readings, skipped, name)
+            events = self._without_echoes(events, message, source, skipped)
+        return Translation(events, skipped, name)
 
     def _take(
         self,
@@ -196,11 +188,11 @@ class Translator:
         message: Incoming,
         place: Place,
         received_at: datetime,
-        readings: list[Reading],
+        events: list[Event],
         skipped: dict[str, int],
     ) -> None:
         """Add the readings of one document."""
-        source, rule, levels = place
+        source = place.source
         device, above = self._device(document, place)
         happened_at = self._time(document, message, source, device, received_at)
         if message.retained and happened_at is None:
@@ -208,14 +200,13 @@ class Translator:
             _count(skipped, RETAINED)
             return
         all_have = self._common(message, place, device, happened_at)
-        inside = _inside(document, rule)
+        inside = _inside(document, place.rule)
         siblings = _sibling_units(inside, source)
-        base = (*above, *rule.event_type.split("/"), *levels.get("event_type", "").split("/"))
+        base = (*above, *place.path)
         times: dict[str, int] = {}
         for path, value in _flat(inside):
             full = ".".join(filter(None, (*base, *path)))
-            event_type = event_type_of(full)
-            kind = source.kind(event_type)
+            kind = source.kind(full)
             if not kind.is_taken:
                 _count(skipped, LEFT)
                 continue
@@ -225,18 +216,22 @@ class Translator:
                 continue
             unit = None
             if not isinstance(found.value, str):
-                sibling = _unit_of_sibling(siblings, event_type)
-                learnt = self._learnt(message.topic, path, place)
-                unit = kind.told_unit or found.unit or sibling or learnt or kind.usual_unit
+                unit = (
+                    kind.told_unit
+                    or found.unit
+                    or _unit_of_sibling(siblings, kind.event_type)
+                    or self._learnt(message.topic, path, place)
+                    or kind.usual_unit
+                )
             elif len(found.value) > TEXT_CHARS_MAX:
                 raise _DeadEnd(TOO_LONG)
             meta = all_have.meta
-            if full != event_type or kind.name != event_type:
+            if kind.name != full:
                 meta = {**meta, "type": storable(full[:500])}
             number = times.get(kind.name, 0)
             times[kind.name] = number + 1
-            readings.append(all_have.reading(kind.name, found.value, unit, meta, number))
-            if len(readings) > READINGS_MAX:
+            events.append(all_have.event(kind.name, found.value, unit, meta, number))
+            if len(events) > READINGS_MAX:
                 raise _DeadEnd(TOO_MANY)
 
     def _common(
@@ -247,26 +242,23 @@ class Translator:
         is_secret = source.is_secret(device)
         named = source.named(f"ecowitt-{digest(device, 8)}" if is_secret else device, place.levels)
         device_id = self.names.device_id(named)
-        meta = {"source": source.settings.preset}
+        meta: dict[str, Any] = {"source": source.settings.preset}
         if not is_secret:
             meta["topic"] = storable(message.topic)
         if device_id != named:
             meta["device"] = storable(named)
         if happened_at is None:
             if message.received_at is not None:
-                meta["received_at"] = written(message.received_at)
-            return _Common(None, device_id, None, meta)
+                meta["received_at"] = timestamp_text(message.received_at)
+            return _Common(None, device_id, NO_TIME, meta)
         # The same message again is the same event: its topic, payload and time say so.
-        ts_device = written(happened_at)
         text = message.payload.decode("latin-1")
-        return _Common(
-            digest(f"{message.topic}\0{ts_device}\0{text}", 24), device_id, ts_device, meta
-        )
+        said = digest(f"{message.topic}\0{timestamp_text(happened_at)}\0{text}", 24)
+        return _Common(f"bridge-{said}", device_id, happened_at, meta)
 
     def _device(self, document: Any, place: Place) -> tuple[str, tuple[str, ...]]:
         """Return the device's name, and what of it turns out to be the reading's path."""
-        source, rule, levels = place
-        device = source.device(rule, levels)
+        source, rule, device = place.source, place.rule, place.device
         if rule.device_keys and isinstance(document, dict):
             parts = (document.get(key) for key in rule.device_keys)
             device = "/".join(
@@ -289,8 +281,8 @@ class Translator:
         device: str,
         received_at: datetime,
     ) -> datetime | None:
-        for path in source.time:
-            given = _at(document, path.split("."))
+        for path in source.times:
+            given = _at(document, path)
             if given is not None:
                 found = moment(given, message.zone or source.settings.zone, received_at)
                 if found is not None:
@@ -305,6 +297,8 @@ class Translator:
         return found if age_seconds <= TIME_SECONDS_MAX else None
 
     def _learnt(self, topic: str, path: tuple[str, ...], place: Place) -> str | None:
+        if self.units.is_empty:
+            return None
         learnt = self.units.unit(topic, ".".join(filter(None, path)))
         if learnt is None and place.levels.get("event_type") == "state":
             learnt = self.units.unit(f"{topic.rpartition('/')[0]}\0", "")
@@ -313,7 +307,7 @@ class Translator:
     # --- what is learnt ----------------------------------------------------------------
 
     def _learn(self, message: Incoming, place: Place) -> Translation:
-        source, rule, _ = place
+        source, rule = place.source, place.rule
         if len(message.payload) <= LEARNT_BYTES_MAX:
             if rule.learn == "units":
                 self.units.learn_discovery(_json(message.payload))
@@ -329,10 +323,10 @@ class Translator:
         return _nothing(LEARNT, source.settings.preset)
 
     def _learn_time(self, message: Incoming, place: Place) -> None:
-        source, rule, levels = place
+        source = place.source
         text = message.payload[:100].decode("utf-8", "replace")
         received_at = message.received_at or datetime.now(UTC)
-        key = f"{source.settings.preset}\0{source.device(rule, levels)}"
+        key = f"{source.settings.preset}\0{place.device}"
         self._times.pop(key, None)
         if found := moment(text, message.zone or source.settings.zone, received_at):
             self._times[key] = found, message.received_at
@@ -356,17 +350,17 @@ class Translator:
 
     def _without_echoes(
         self,
-        readings: list[Reading],
+        events: list[Event],
         message: Incoming,
         source: Source,
         skipped: dict[str, int],
-    ) -> list[Reading]:
+    ) -> list[Event]:
         """Return what has not just come by another topic."""
         assert message.received_at is not None
         within = timedelta(seconds=source.preset.echo_seconds)
         kept = []
-        for reading in readings:
-            key = reading.device_id, reading.event_type, reading.value
+        for event in events:
+            key = event.device_id, event.event_type, event.value
             topic, before = self._values.pop(key, ("", message.received_at))
             is_echo = topic not in ("", message.topic) and (
                 timedelta(0) <= message.received_at - before <= within
@@ -377,7 +371,7 @@ class Translator:
             self._values[key] = message.topic, message.received_at
             if len(self._values) > REMEMBERED_MAX:
                 self._values.popitem(last=False)
-            kept.append(reading)
+            kept.append(event)
         return kept
 
 

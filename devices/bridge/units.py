@@ -30,7 +30,12 @@ class LearntUnits:
 
     def unit(self, topic: str, path: str) -> str | None:
         """Return the unit of what stands there; None if nobody has told."""
-        return self._units.get((topic, path)) if self._units else None
+        return self._units.get((topic, path))
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing was learnt, which is cheap to ask."""
+        return not self._units
 
     def is_zigbee_name(self, prefix: str, name: str) -> bool:
         """Tell whether Zigbee2MQTT has told of a device of this name."""

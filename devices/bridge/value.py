@@ -9,6 +9,7 @@ an id, a version, a duration or hex digits are never a number.
 
 import math
 import re
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 # Characters. What is longer is a document, and no reading.
@@ -49,6 +50,7 @@ _NAMES_A_THING = re.compile(
     r"|(?:[a-z0-9]|^)(?:Id|ID|Uid|UUID|Mac|MAC|Serial|SerialNumber|Eui|EUI|Address|Addr|Version"
     r"|Firmware|Revision|Build|BSSId|SSId|ProductId)$",
 )
+_ENDING_CHARS = 40  # more than the longest of them
 _UNSTORABLE = re.compile("[\0\ud800-\udfff]")
 
 
@@ -64,7 +66,12 @@ NOTHING = Value(None)
 
 def names_a_thing(key: str) -> bool:
     """Tell whether what stands under this key is an id or a version."""
-    return _NAMES_A_THING.search(key) is not None
+    return _ends_so(key[-_ENDING_CHARS:])
+
+
+@lru_cache(maxsize=10_000)
+def _ends_so(ending: str) -> bool:
+    return _NAMES_A_THING.search(ending) is not None
 
 
 def of_json(given: Any, key: str) -> Value:

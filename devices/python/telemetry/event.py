@@ -120,7 +120,7 @@ def _object(name: str, value: object) -> dict[str, Any]:
 def _check_text(name: str, text: object, chars_min: int, chars_max: int) -> None:
     if not isinstance(text, str) or not chars_min <= len(text) <= chars_max:
         raise EventRefused(f"{name}: expected a string of {chars_min} to {chars_max} characters")
-    if CONTROLS.search(text):
+    if not text.isprintable() and CONTROLS.search(text):
         raise EventRefused(f"{name}: has a control character")
 
 

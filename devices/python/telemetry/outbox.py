@@ -66,7 +66,7 @@ class Lane:
 
     waiting: int = 0
     bytes: int = 0
-    in_flight: set[str] = field(default_factory=set)
+    in_flight: dict[str, int] = field(default_factory=dict)  # event ids, and their bytes
     due_at: float = 0.0  # when what is in flight is sent again
     sent_at: float = 0.0
     silent: int = 0  # how often it was sent without an answer
@@ -120,7 +120,7 @@ class Outbox:
         self._lanes: dict[str, Lane] = {}  # of each device that has events waiting
         self._ready: dict[str, None] = {}  # devices with nothing in flight, in their order
         self._in_flight = 0  # events of all lanes
-        self._unforgotten: set[str] = set()  # answered, but the disk was full
+        self._unforgotten: set[str] = set()  # answered, and not deleted yet
         self._dropped = 0
         self._refused = 0
         self._repeated = 0
@@ -141,6 +141,7 @@ class Outbox:
 
     def close(self) -> None:
         """Give the store to whoever opens it next. Nothing is lost without it either."""
+        self._forget()
         self._store.close()
 
     # --- what the program calls ----------------------------------------------------------
@@ -205,6 +206,10 @@ class Outbox:
         """Return how many events are not answered. All of them would survive a power cut."""
         return sum(lane.waiting for lane in self._lanes.values())
 
+    def waiting_ids(self, begin: str) -> list[str]:
+        """Return which events that are not answered have an id that begins so."""
+        return self._store.ids(begin)
+
     def dropped(self) -> int:
         """Return how many events were dropped since it was opened."""
         return self._dropped
@@ -258,14 +263,13 @@ class Outbox:
 
         If a message cannot be sent, the connection is gone: call disconnected().
         """
-        if not self._connected:
-            return []
         now = self._ticks()
         if now >= self._next_upkeep:
-            if self._unforgotten:
-                self._forget(set())
-            if self._answered and self._has_lost:
+            self._forget()  # at once what all messages since the last time have answered
+            if self._connected and self._answered and self._has_lost:
                 self._tell_lost()
+        if not self._connected:
+            return []
         if now >= self._next_due:
             self._find_overdue(now)
         messages: list[Message] = []
@@ -283,14 +287,21 @@ class Outbox:
         device_id = self._device_of(topic)
         if device_id is None:
             return False
+        lane = self._lanes.get(device_id)
+        if lane is None:
+            return True
         answered: dict[str, int] = {}
         dropped = self._dropped
         for answer in answers(device_id, payload):
             event_id = answer.event_id
             if event_id in answered or event_id in self._unforgotten:
                 continue
-            event = self._store.find(device_id, event_id)
-            if event is None:
+            size = lane.in_flight.get(event_id)
+            event = b""  # only what is rejected is looked at
+            if size is None or answer.reason is not None:
+                event = self._store.find(device_id, event_id) or b""
+                size = len(event)
+            if not size:
                 continue
             # Told first: if the power goes in between, it is told twice and not never.
             if answer.reason is None:
@@ -298,13 +309,13 @@ class Outbox:
             else:
                 reason, error = answer.reason, answer.error
                 self.on_rejected(Rejected(device_id, event_id, reason, error, event))
-            answered[event_id] = len(event)
+            answered[event_id] = size
         if self._dropped != dropped:  # what was called has added events, and that made room
             find = self._store.find
             answered = {it: size for it, size in answered.items() if find(device_id, it)}
         if answered:
             self._note_answers(device_id, answered)
-            self._forget(set(answered))
+            self._unforgotten |= answered.keys()
         return True
 
     # --- events in ----------------------------------------------------------------------
@@ -359,7 +370,7 @@ class Outbox:
         """Return what was not there yet, and what was dropped for it."""
         with self._store.transaction(durable=True) as connection:
             self._store.remove(self._unforgotten)
-            new = [item for item in kept if self._store.add(item)]
+            new = self._store.add(kept)
             dropped = self._drop_oldest(new)
             if also is not None:
                 also(connection)
@@ -383,7 +394,7 @@ class Outbox:
             if batch and (is_full or len(batch) == lane.batch):
                 break
             batch.append(event.payload)
-            lane.in_flight.add(event.event_id)
+            lane.in_flight[event.event_id] = len(event.payload)
         if not batch:
             return []
         self._in_flight += len(batch)
@@ -448,8 +459,7 @@ class Outbox:
         lane = self._lanes[device_id]
         lane.waiting -= 1
         lane.bytes -= size
-        if event_id in lane.in_flight:
-            lane.in_flight.remove(event_id)
+        if lane.in_flight.pop(event_id, None) is not None:
             self._in_flight -= 1
         if lane.waiting == 0:
             del self._lanes[device_id]
@@ -457,9 +467,10 @@ class Outbox:
         elif not lane.in_flight:
             self._ready[device_id] = None
 
-    def _forget(self, event_ids: set[str]) -> None:
+    def _forget(self) -> None:
         """Delete what is answered. A power cut may undo that: it is sent again, no more."""
-        self._unforgotten |= event_ids
+        if not self._unforgotten:
+            return
         try:
             with self._store.transaction(durable=False):
                 self._store.remove(self._unforgotten)

@@ -14,7 +14,7 @@ import re
 import secrets
 import shutil
 import sqlite3
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -168,7 +168,7 @@ class Store:
         with self.transaction(durable=True), closing(salvage(aside / "events.db")) as found:
             for item in found:
                 if isinstance(item, Kept):
-                    count += self.add(item)
+                    count += len(self.add([item]))
                 else:
                     self.add_run(item)
         damaged = aside.rename(self.folder / f"damaged-{number_of(aside)}")
@@ -220,6 +220,11 @@ class Store:
             raise self._error(error) from None
         return row[0] if row else None
 
+    def ids(self, begin: str) -> list[str]:
+        """Return the ids that begin so."""
+        sql = "SELECT event_id FROM events WHERE substr(event_id, 1, ?) = ?"
+        return [event_id for (event_id,) in self._query(sql, len(begin), begin)]
+
     def runs(self) -> list[Run]:
         """Return what was lost and not told yet."""
         sql = "SELECT device_id, salt, boot, first, last FROM lost ORDER BY rowid"
@@ -247,17 +252,31 @@ class Store:
                 raise self._error(error) from None
             raise
 
-    def add(self, event: Kept) -> bool:
-        """Add an event; tell whether it was not there yet."""
-        sql = (
+    def add(self, events: Sequence[Kept]) -> list[Kept]:
+        """Add events; return those that were not there yet."""
+        if not events:
+            return []
+        connection = self._opened()
+        newest = self._newest_number()
+        changes = connection.total_changes
+        self._each(
             "INSERT INTO events (event_id, device_id, payload, checksum) VALUES (?, ?, ?, ?)"
-            " ON CONFLICT (event_id) DO NOTHING"
+            " ON CONFLICT (event_id) DO NOTHING",
+            [(*event, crc32(event.payload)) for event in events],
         )
-        cursor = self._opened().execute(sql, (*event, crc32(event.payload)))
-        if cursor.rowcount != 1:
-            return False
-        self._newest = cursor.lastrowid or 0
-        return True
+        if connection.total_changes == changes:
+            return []
+        self._newest = self._newest_number()
+        if connection.total_changes - changes == len(events):
+            return list(events)
+        sql = "SELECT event_id FROM events WHERE number > ?"
+        added = {event_id for (event_id,) in self._query(sql, newest)}
+        first = {event.event_id: event for event in reversed(events)}
+        return [event for event_id, event in reversed(first.items()) if event_id in added]
+
+    def _newest_number(self) -> int:
+        (number,) = self._opened().execute("SELECT max(number) FROM events").fetchone()
+        return number or 0
 
     def remove(self, event_ids: Iterable[str]) -> None:
         self._each("DELETE FROM events WHERE event_id = ?", ((it,) for it in event_ids))
