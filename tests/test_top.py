@@ -36,7 +36,7 @@ from hypothesis import strategies as st
 
 from ingester.tool_session import Received
 from ingester.top.frame import ASCII, UNICODE, Style, frame
-from ingester.top.traffic import PENDING_MAX, ROWS_MAX, Traffic
+from ingester.top.traffic import PARTITIONS_MAX, PENDING_MAX, ROWS_MAX, Traffic
 from ingester.topic import Topics
 from tests.support.device import Device, event
 from tests.support.load import database_down, load, wait_for_acks
@@ -393,6 +393,60 @@ def test_the_state_is_told_from_the_last_status_and_from_its_absence() -> None:
     assert "database" not in traffic.text()
     traffic.connected()
     assert "ingester  unknown: no status has been heard" in traffic.text()
+
+
+# --- several partitions ----------------------------------------------------------------
+
+SECOND = Topics(
+    "qs/v1/part/1/+/events", "qs/v1/{device_id}/acks", "qs/v1/deadletter", "qs/v1/ingester/1/status"
+)
+
+
+def test_the_view_of_one_partition_hears_and_shows_all_of_them() -> None:
+    traffic = Watched(SECOND)
+    assert traffic.subscriptions() == [
+        "qs/v1/part/+/+/events", "qs/v1/+/acks", "qs/v1/deadletter", "qs/v1/ingester/+/status"
+    ]  # fmt: skip
+    for number in range(3):
+        traffic.hear(f"qs/v1/ingester/{number}/status", status())
+        traffic.hear(f"qs/v1/part/{number}/esp-{number}/events", event(number))
+        traffic.hear(f"qs/v1/esp-{number}/acks", {"event_id": f"device-1-{number}"})
+    assert [seen.device_id for seen in traffic.last_events] == ["esp-0", "esp-1", "esp-2"]
+    assert traffic.pending == 0
+    lines = frame(traffic, 160, 24)
+    assert lines[1:6] == [
+        "ingester  " + "  ".join(f"{n}: online since 10:58:30 (1 h 1 min)" for n in range(3)),
+        "broker    ingester 1: connected  view: connected  (broker:1883)",
+        "database  ingester 1: connected  answers in 0.8 ms",
+        "in all    stored 37,035  duplicates 201  rejected 24",
+        "queues    in hand 63  dropped by the broker 43",
+    ]
+    traffic.pass_to(20)
+    for number in range(2):
+        traffic.hear(f"qs/v1/ingester/{number}/status", status())
+    traffic.pass_to(26)
+    traffic.hear("qs/v1/ingester/0/status", status("waiting_for_database"))
+    lines = frame(traffic, 160, 24)
+    assert lines[1].startswith("ingester  2: silent for 26 s; was online since 10:58:30")
+    assert "  0: waiting_for_database since 10:58:30 (1 h 1 min)  1: online" in lines[1]
+    traffic.hear("qs/v1/ingester/2/status", status())
+    assert "database  ingester 0: not connected  events wait in the broker" in traffic.text()
+
+
+def test_the_partitions_that_anybody_may_name_are_bounded() -> None:
+    traffic = Watched(SECOND)
+    for number in range(2 * PARTITIONS_MAX):
+        traffic.hear(f"qs/v1/ingester/{number}/status", status())
+    for name in ("x", "12345", "٣", "", "1/2"):
+        traffic.hear(f"qs/v1/ingester/{name}/status", status())
+    assert len(traffic.ingesters) == PARTITIONS_MAX
+
+
+def test_a_number_in_one_of_the_topics_alone_is_no_partition() -> None:
+    alone = Topics("home/2/+/events", TOPICS.ack_template, TOPICS.deadletter, TOPICS.status)
+    assert Watched(alone).subscriptions() == [
+        "home/2/+/events", "qs/v1/+/acks", "qs/v1/deadletter", "qs/v1/ingester/status"
+    ]  # fmt: skip
 
 
 # --- the command, without a terminal ---------------------------------------------------

@@ -8,13 +8,13 @@ character in them controls it, whatever was published.
 """
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import datetime
 from itertools import islice
 from typing import NamedTuple
 
 from ingester.progress import STATUS_SECONDS, State
-from ingester.top.traffic import Rate, Status, Traffic
+from ingester.top.traffic import Ingester, Rate, Status, Traffic
 
 # What stays of the head on a small terminal, and what the tables get before the head has more.
 HEAD_LINES_MIN = 5
@@ -56,7 +56,8 @@ def frame(traffic: Traffic, columns: int, rows: int, style: Style = UNICODE) -> 
 
 def _head(traffic: Traffic, columns: int, rows: int, style: Style) -> list[str]:
     """Return what is above the tables: on a small terminal the most important lines alone."""
-    version = _clean(traffic.facts.version or "", style)
+    facts = [ingester.facts for ingester in traffic.ingesters.values()]
+    version = _clean(facts[0].version or "", style)
     title = f"homelab ingester {version}".ljust(columns - 12) + f"{traffic.at:%H:%M:%S} UTC"
     events, acks = traffic.events, traffic.acks
     ranked = [
@@ -65,8 +66,8 @@ def _head(traffic: Traffic, columns: int, rows: int, style: Style) -> list[str]:
         (1, _labelled("broker", _broker(traffic))),
         # Without a connection we do not know it, and the error may be long.
         (2, _labelled("database", _database(traffic)) if traffic.is_connected else traffic.error),
-        (5, _labelled("in all", _counters(traffic.facts))),
-        (6, _labelled("queues", _queues(traffic.facts))),
+        (5, _labelled("in all", _counters(facts))),
+        (6, _labelled("queues", _queues(facts))),
         (4, _labelled("ACKs", _latency(traffic))),
         (3, _labelled("events/s", _rate(events, traffic.now, columns, style))),
         (8, _labelled("ACKs/s", _rate(acks, traffic.now, columns, style))),
@@ -80,7 +81,17 @@ def _labelled(label: str, text: str) -> str:
 
 
 def _state(traffic: Traffic) -> str:
-    status = traffic.status
+    """Return how the ingester is; of several each, those in trouble first."""
+    if len(traffic.ingesters) == 1:
+        return _state_of(traffic, *traffic.ingesters.values())
+    ranked = sorted(traffic.ingesters, key=lambda number: (-_trouble(traffic, number), int(number)))
+    return "  ".join(
+        f"{number}: {_state_of(traffic, traffic.ingesters[number])}" for number in ranked
+    )
+
+
+def _state_of(traffic: Traffic, ingester: Ingester) -> str:
+    status = ingester.status
     if status is None:
         return "unknown: no status has been heard"
     if status.state is None:
@@ -91,40 +102,68 @@ def _state(traffic: Traffic) -> str:
         text += f" ({_span((traffic.at - status.since).total_seconds())})"
     if not traffic.is_connected:
         text = f"unknown; was {text}"
-    elif status.state is not State.OFFLINE and traffic.status_age_seconds > STATUS_SECONDS_MAX:
-        text = f"silent for {_span(traffic.status_age_seconds)}; was {text}"
+    elif status.state is not State.OFFLINE and _is_silent(traffic, ingester):
+        text = f"silent for {_span(traffic.now - ingester.status_at)}; was {text}"
     return text
+
+
+def _is_silent(traffic: Traffic, ingester: Ingester) -> bool:
+    return traffic.now - ingester.status_at > STATUS_SECONDS_MAX
+
+
+def _trouble(traffic: Traffic, number: str) -> int:
+    """Return how bad it is with an ingester; 0 if nothing is known to be wrong."""
+    ingester = traffic.ingesters[number]
+    state = ingester.status.state if ingester.status else None
+    if state in (None, State.OFFLINE) or _is_silent(traffic, ingester):
+        return 2
+    return 1 if state is State.WAITING_FOR_DATABASE else 0
+
+
+def _worst(traffic: Traffic) -> tuple[str, Ingester]:
+    """Return the ingester in most trouble, and what to call it."""
+    number = max(traffic.ingesters, key=lambda number: _trouble(traffic, number))
+    name = f"ingester {number}" if len(traffic.ingesters) > 1 else "ingester"
+    return name, traffic.ingesters[number]
 
 
 def _broker(traffic: Traffic) -> str:
     if not traffic.is_connected:
         return f"view: not connected since {_moment(traffic.changed_at, traffic.at)}, trying again"
-    state = traffic.status.state if traffic.status else None
+    name, ingester = _worst(traffic)
+    state = ingester.status.state if ingester.status else None
     words = {None: "unknown", State.OFFLINE: "not connected"}
-    ingester = words.get(state, "connected")
-    return f"ingester: {ingester}  view: connected  ({traffic.broker})"
+    return f"{name}: {words.get(state, 'connected')}  view: connected  ({traffic.broker})"
 
 
 def _database(traffic: Traffic) -> str:
-    state = traffic.status.state if traffic.status else None
+    name, ingester = _worst(traffic)
+    state = ingester.status.state if ingester.status else None
     if state in (None, State.OFFLINE):
-        return "ingester: unknown"
+        return f"{name}: unknown"
     if state is State.WAITING_FOR_DATABASE:
-        return "ingester: not connected  events wait in the broker"
-    milliseconds = traffic.facts.database_round_trip_ms
-    return f"ingester: connected  answers in {_milliseconds(milliseconds)}"
+        return f"{name}: not connected  events wait in the broker"
+    milliseconds = ingester.facts.database_round_trip_ms
+    return f"{name}: connected  answers in {_milliseconds(milliseconds)}"
 
 
-def _counters(facts: Status) -> str:
+def _counters(facts: Sequence[Status]) -> str:
     return "  ".join(
-        f"{name} {_number(facts.counters.get(name))}"
+        f"{name} {_number(_sum(of_one.counters.get(name) for of_one in facts))}"
         for name in ("stored", "duplicates", "rejected")
     )
 
 
-def _queues(facts: Status) -> str:
-    in_hand, dropped = _number(facts.in_hand), _number(facts.broker_dropped)
-    return f"in hand {in_hand}  dropped by the broker {dropped}"
+def _queues(facts: Sequence[Status]) -> str:
+    in_hand = _number(_sum(of_one.in_hand for of_one in facts))
+    # One broker says it to each of them.
+    dropped = [number for of_one in facts if (number := of_one.broker_dropped) is not None]
+    return f"in hand {in_hand}  dropped by the broker {_number(max(dropped, default=None))}"
+
+
+def _sum(numbers: Iterable[float | None]) -> float | None:
+    known = [number for number in numbers if number is not None]
+    return sum(known) if known else None
 
 
 def _latency(traffic: Traffic) -> str:

@@ -30,6 +30,8 @@ LATENCIES_MAX = 1_000
 PENDING_MAX = 20_000
 EVENT_ID_CHARS_MAX = 200
 DEVICE_ID_CHARS_MAX = 64
+# Of a cluster: more than have ever been of use, and whoever publishes may name any number.
+PARTITIONS_MAX = 64
 
 
 class ObservedEvent(NamedTuple):
@@ -61,6 +63,37 @@ class Status(NamedTuple):
     in_hand: float | None = None
     database_round_trip_ms: float | None = None
     broker_dropped: float | None = None
+
+
+class Ingester:
+    """What one ingester has said of itself."""
+
+    def __init__(self) -> None:
+        self.status: Status | None = None  # the last one
+        self.facts = Status(None)  # the last one that said more than the state
+        self.status_at = 0.0  # when it was heard, or else when the view began to listen
+
+
+class PartitionedTopic:
+    """A topic of ours as every partition has it: with another number at one of its levels."""
+
+    def __init__(self, topic: str, partition: str) -> None:
+        """`partition` is the number of ours; "" if there are none."""
+        self._partition = partition
+        self._levels = topic.split("/")
+        self._index = self._levels.index(partition) if partition else None
+
+    def subscription(self) -> str:
+        """Return what hears it of all partitions."""
+        return "/".join("+" if i == self._index else level for i, level in enumerate(self._levels))
+
+    def take_apart(self, topic: str) -> tuple[str, str]:
+        """Return a topic as it is in our partition, and the number of its own."""
+        levels = topic.split("/")
+        if self._index is None or len(levels) <= self._index or not _is_number(levels[self._index]):
+            return topic, self._partition
+        partition, levels[self._index] = levels[self._index], self._partition
+        return "/".join(levels), partition
 
 
 class Rate:
@@ -105,6 +138,11 @@ class Traffic:
         """`broker` is what to call it."""
         self._topics = topics
         self._ack_prefix, self._ack_suffix = topics.ack_template.split("{device_id}")
+        # In a cluster the events' topic and the status topic of an ingester both hold its number.
+        shared = set(topics.events.split("/")) & set(topics.status.split("/"))
+        partition = next(iter(sorted(filter(_is_number, shared))), "")
+        self._events_topic = PartitionedTopic(topics.events, partition)
+        self._status_topic = PartitionedTopic(topics.status, partition)
         self.broker = broker
         self.now = 0.0  # by the monotonic clock
         self.at = datetime.min.replace(tzinfo=UTC)
@@ -112,9 +150,8 @@ class Traffic:
         self.is_connected = False
         self.changed_at = self.at
         self.error = ""
-        self.status: Status | None = None  # the last one
-        self.facts = Status(None)  # the last one that said more than the state
-        self.status_at = 0.0
+        # By the number of the partition: ours, and those that were heard of.
+        self.ingesters = {partition: Ingester()}
         self.events = Rate()
         self.acks = Rate()
         self.latencies_ms: deque[float] = deque(maxlen=LATENCIES_MAX)
@@ -132,7 +169,8 @@ class Traffic:
         # The id may be a part of a level; a wildcard is a whole one.
         levels = self._topics.ack_template.split("/")
         acks = "/".join("+" if "{device_id}" in level else level for level in levels)
-        return [self._topics.events, acks, self._topics.deadletter, self._topics.status]
+        ours = self._events_topic.subscription(), self._status_topic.subscription()
+        return [ours[0], acks, self._topics.deadletter, ours[1]]
 
     def tick(self, now: float, at: datetime) -> None:
         """Note the time, by the monotonic clock and in UTC."""
@@ -141,7 +179,8 @@ class Traffic:
     def connected(self) -> None:
         """Note that we hear the broker from now on."""
         self.is_connected, self.changed_at, self.error = True, self.at, ""
-        self.status, self.status_at = None, self.now
+        for ingester in self.ingesters.values():
+            ingester.status, ingester.status_at = None, self.now
         self.events.begin(self.now)
         self.acks.begin(self.now)
         self._pending.clear()  # their ACKs may have come meanwhile
@@ -155,21 +194,19 @@ class Traffic:
     def take(self, messages: Iterable[Received]) -> None:
         """Take what has been heard."""
         for message in messages:
-            if message.topic == self._topics.status:
-                self._take_status(message)
-            elif message.retain:
+            topic, partition = self._status_topic.take_apart(message.topic)
+            if topic == self._topics.status:
+                self._take_status(partition, message)
+                continue
+            topic, _ = self._events_topic.take_apart(message.topic)
+            if message.retain:
                 continue  # of some time ago
-            elif message.topic == self._topics.deadletter:
+            if message.topic == self._topics.deadletter:
                 self.last_dead_letters.append(_dead_letter(self.at, message.payload))
-            elif (device_id := self._topics.device_id(message.topic)) is not None:
+            elif (device_id := self._topics.device_id(topic)) is not None:
                 self._take_event(device_id, message)
             elif (device_id := self._answered(message.topic)) is not None:
                 self._take_ack(device_id, message)
-
-    @property
-    def status_age_seconds(self) -> float:
-        """How long ago the last status was heard, or else the view began to listen."""
-        return self.now - self.status_at
 
     def latency_ms(self, quantile: float) -> float | None:
         """Return how long that part of the last ACKs took at most; None if none was traffic."""
@@ -209,15 +246,18 @@ class Traffic:
             if key and (seen_at := self._pending.pop(key, None)) is not None:
                 self.latencies_ms.append((message.received_at - seen_at) * 1000)
 
-    def _take_status(self, message: Received) -> None:
-        self.status_at = message.received_at
+    def _take_status(self, partition: str, message: Received) -> None:
+        if partition not in self.ingesters and len(self.ingesters) >= PARTITIONS_MAX:
+            return
+        ingester = self.ingesters.setdefault(partition, Ingester())
+        ingester.status_at = message.received_at
         body, _ = _parse(message.payload)
         if not isinstance(body, dict):
-            self.status = Status(None)
+            ingester.status = Status(None)
             return
         state = body.get("state")
         counters = body.get("counters")
-        self.status = Status(
+        ingester.status = Status(
             state=State(state) if state in tuple(State) else None,
             # The broker, which says `offline` in the ingester's place, does not say since when.
             since=_moment(body.get("since")) or (None if message.retain else self.at),
@@ -232,8 +272,8 @@ class Traffic:
             database_round_trip_ms=_number(body.get("database_round_trip_ms")),
             broker_dropped=_number(body.get("broker_dropped")),
         )
-        if self.status.counters:
-            self.facts = self.status
+        if ingester.status.counters:
+            ingester.facts = ingester.status
 
 
 def _parse(payload: bytes) -> tuple[Any, str]:
@@ -272,6 +312,10 @@ def _text(value: object) -> str:
     if isinstance(value, dict):
         return "{...}"
     return json.dumps(value)[:TEXT_CHARS_MAX]
+
+
+def _is_number(level: str) -> bool:
+    return level.isascii() and level.isdecimal() and len(level) <= 4
 
 
 def _number(value: object) -> float | None:
