@@ -427,11 +427,21 @@ SPOILT = {
 
 
 @both_brokers
-@pytest.mark.parametrize("how", SPOILT)
+def test_a_broker_whose_file_is_cut_off_is_put_right_by_the_documented_commands(
+    put_back: Compose,
+) -> None:
+    spoil_and_put_right(put_back, "cut off")
+
+
+# Only with today's broker: the older one refuses them as it refuses what is cut off.
+@pytest.mark.parametrize("how", [how for how in SPOILT if how != "cut off"])
 def test_a_broker_whose_file_is_spoilt_is_put_right_by_the_documented_commands(
     put_back: Compose, how: str
 ) -> None:
-    stack = put_back
+    spoil_and_put_right(put_back, how)
+
+
+def spoil_and_put_right(stack: Compose, how: str) -> None:
     stack.compose("stop", "ingester")
     name = f"spoilt-{how.replace(' ', '-')}"
     with Device(1883, name) as device:

@@ -380,7 +380,8 @@ def test_a_line_cut_amid_a_statement_is_tried_again(
 def test_all_that_queues_up_while_the_database_is_down_is_stored(
     running: Pipeline, report: Report, pytestconfig: pytest.Config
 ) -> None:
-    number = 100_000 if pytestconfig.getoption("faults") else 4_000
+    # More than the ingester holds (message.py).
+    number = 60_000 if pytestconfig.getoption("faults") else 4_000
     ingester = running.ingester
     pid = ingester.pid
     with devices(running, 4) as publishers:

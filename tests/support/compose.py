@@ -114,7 +114,8 @@ class Compose:
         """Return the result of one statement, without headings."""
         user, name = self.settings["POSTGRES_USER"], self.settings["POSTGRES_DB"]
         psql = ("psql", f"--username={user}", f"--dbname={name}", "-XAtc", sql)
-        return self.compose("exec", "postgres", *psql).strip()
+        # Without Compose, which takes four times the time of a processor, and this is all over.
+        return self.run("docker", "exec", CONTAINERS["postgres"], *psql).stdout.strip()
 
     def schema(self) -> str:
         """The schema of the database, as pg_dump writes it."""
