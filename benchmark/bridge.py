@@ -24,7 +24,7 @@ from tools.stack import Ingester, Stack
 OUTSTANDING = 3_000
 ROUNDS = 3
 WARMING_UP = 5_000
-MESSAGES = 30_000
+MESSAGES = 20_000
 CONFIGURATION = '[[source]]\npreset = "zigbee2mqtt"\n'
 FIRST_MILLISECONDS = 1_770_681_600_000  # 2026-02-10
 # Behind the time, by name: a sensor with one reading, and one with all that sensors have.

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ from paho.mqtt import publish
 from paho.mqtt.enums import CallbackAPIVersion
 
 from tests.support.bridge import Bridge, Firmware, numbers_pubacked
+from tests.support.certificates import Authority
+from tests.support.findings import Finding
 from tests.support.pipeline import Pipeline, wait_until
 from tests.support.tap import PUBACK, Tap
 from tools.process import CHECKOUT, clean_environment, free_port
@@ -205,10 +207,10 @@ def test_messages_of_all_lengths_are_read_wherever_they_are_cut(
     lengths = [9, *range(90, 130), *range(16_345, 16_385, 3), 60_000]
     for number, length in enumerate(lengths):
         text = f'{{"n":{number}}}'.ljust(length)
-        send(theirs, "zigbee2mqtt/K\u00fcche", text, qos=number % 3)
+        send(theirs, "zigbee2mqtt/K\u00fcche", text)
     running.database.wait_count("events", len(lengths))
     assert [row[2] for row in rows(running)] == list(range(len(lengths)))
-    wait_until(lambda: len(pubacked_ids(tap)) == sum(n % 3 > 0 for n in range(len(lengths))), "all")
+    wait_until(lambda: len(pubacked_ids(tap)) == len(lengths), "each to be PUBACKed")
     assert bridge.stop() == 0
 
 
@@ -247,6 +249,29 @@ def test_another_configuration_leaves_no_subscription_behind(
     running.database.wait_count("events", 1)
     assert bridge.stop() == 0
     assert "messages 1;" in bridge.log()
+
+
+def test_the_other_broker_is_read_over_tls(
+    running: Pipeline, servers: Any, bridges: ExitStack, tmp_path: Path
+) -> None:
+    port = free_port()
+    theirs = Mosquitto(servers.folder / f"theirs-{port}", free_port(), free_port())
+    authority = Authority(theirs.folder / "ca")
+    own = authority.issue("broker")
+    theirs.extra_config = (
+        f"listener {port} 127.0.0.1\ncertfile {own.cert}\nkeyfile {own.key}\nallow_anonymous true"
+    )
+    bridges.callback(theirs.stop)
+    theirs.start()
+    theirs.wait_ready()
+    ca_file = tmp_path / "ca.crt"  # the broker's folder is its own
+    ca_file.write_bytes(authority.cert.read_bytes())
+    start(bridges, running, f'ca_file = "{ca_file}"\n{ZIGBEE}', port)
+    # More than a record of TLS, and than is read at once.
+    messages: list[Any] = [("zigbee2mqtt/a", f'{{"n":{n}}}'.ljust(900), 1) for n in range(400)]
+    publish.multiple(messages, port=theirs.port)
+    running.database.wait_count("events", len(messages))
+    assert [row[2] for row in rows(running)] == list(range(len(messages)))
 
 
 def test_garbage_stops_nothing(running: Pipeline, bridges: ExitStack) -> None:
@@ -308,10 +333,9 @@ def pubacked_ids(tap: Tap) -> set[int]:
 # --- faults ---------------------------------------------------------------------------------
 
 
-def check(pipeline: Pipeline, taps: list[Tap]) -> int:
-    """Check that what was PUBACKed is one row each; return how many were."""
-    pubacked = numbers_pubacked(taps)
-    wanted = set(pubacked)
+def check(pipeline: Pipeline, tap: Tap) -> tuple[int, int]:
+    """Check that what was PUBACKed is one row each; return how many were, and how many are rows."""
+    wanted = set(numbers_pubacked([tap]))
 
     def stored() -> Counter[int]:
         found = pipeline.database.query("SELECT value_num::int FROM events WHERE event_type = 'n'")
@@ -321,10 +345,19 @@ def check(pipeline: Pipeline, taps: list[Tap]) -> int:
     double = [number for number, count in stored().items() if count > 1]
     assert not double, f"{len(double)} of {len(wanted)} are two rows: {double[:10]}"
     assert len(wanted) > 100
-    return len(wanted)
+    return len(wanted), len(stored())
 
 
-FAULTS = ("bridge", "bridge politely", "ingester", "database", "our broker", "their broker", "line")
+FAULTS = {
+    "bridge": "bridge killed",
+    "bridge politely": "bridge stopped",
+    "ingester": "ingester killed",
+    "database": "database killed",
+    "our broker": "broker of the stack killed",
+    "their broker": "broker of the firmware killed",
+    "line": "line to the firmware's broker cut",
+}
+TIMES = 4
 
 
 @pytest.mark.parametrize("is_killed", [False, True], ids=["cut off", "killed"])
@@ -357,14 +390,19 @@ def test_what_was_kept_and_not_pubacked_is_known_when_it_is_delivered_again(
     [*((fault, False) for fault in FAULTS), ("bridge", True), ("their broker", True)],
 )
 def test_what_was_pubacked_is_stored_once_through(
-    running: Pipeline, theirs: Mosquitto, bridges: ExitStack, fault: str, timed: bool
+    running: Pipeline,
+    theirs: Mosquitto,
+    bridges: ExitStack,
+    fault: str,
+    timed: bool,
+    report: Callable[[Finding], None],
 ) -> None:
     randomness = random.Random(fault)
     tap = bridges.enter_context(Tap(theirs.port))
     bridge = start(bridges, running, ZIGBEE, tap.port)
     firmware = Firmware(theirs.port, per_second=300, timed=timed)
     bridges.callback(firmware.close)
-    for _ in range(4):
+    for _ in range(TIMES):
         time.sleep(randomness.uniform(0.3, 1.2))
         if fault == "bridge":
             bridge.kill()
@@ -398,5 +436,7 @@ def test_what_was_pubacked_is_stored_once_through(
     firmware.stop()
     last = firmware.sent
     wait_until(lambda: last in numbers_pubacked([tap]), "the last one to be PUBACKed", 60)
-    pubacked = check(running, [tap])
+    pubacked, stored = check(running, tap)
     assert fault == "their broker" or pubacked == firmware.sent
+    case = f"bridge: {FAULTS[fault]}, {TIMES} times{', messages with a time' if timed else ''}"
+    report(Finding(case, firmware.sent, pubacked, stored, 0))

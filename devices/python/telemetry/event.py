@@ -69,7 +69,7 @@ def timestamp_text(timestamp: datetime | float) -> str | None:
             return None
     is_fine = moment.microsecond % 1000
     timespec = "microseconds" if is_fine else "milliseconds" if moment.microsecond else "seconds"
-    return moment.replace(tzinfo=None).isoformat(timespec=timespec) + "Z"
+    return moment.isoformat(timespec=timespec).removesuffix("+00:00") + "Z"
 
 
 def event_bytes(event_id: str, device_id: str, event: Event, now: str | None) -> bytes:
