@@ -183,5 +183,5 @@ def freeze(cluster: Cluster, *services: str, seconds: float = 30) -> None:
 
 def more_partitions(cluster: Cluster) -> None:
     """Let a third ingester take its part of the devices."""
-    cluster.run("overlays/cluster/partitions", "3")
+    cluster.run("overlays/cluster/partitions", "3", seconds=180)
     time.sleep(10)

@@ -16,7 +16,7 @@ from sender import Sender
 from tests.support import compose, documents
 from tests.support.device import Device, event
 
-pytestmark = [pytest.mark.compose, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.compose, pytest.mark.timeout(600)]
 
 SINGLE = {"COMPOSE_FILE": "docker-compose.yml"}
 MOVE_IN, MOVE_BACK = documents.blocks("Moving in and back")
