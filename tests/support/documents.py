@@ -27,6 +27,7 @@ BLOCKS = {
     "As `reader`": "tests/test_compose.py",
     "Backup and restore": "tests/test_backup.py",
     "The broker does not start": "tests/test_compose.py",
+    "Moving in and back": "overlays/cluster/tests/test_cluster.py",
 }
 
 _ANOTHER_MACHINE = "is for another machine"
@@ -49,6 +50,7 @@ _BRIDGE_STACK = "test_bridge_stack.py runs the bridge's container"
 _BRIDGE = "test_bridge.py runs the bridge, with a configuration of its own"
 _GRAFANA = "needs Grafana's image; test_grafana.py has Compose read the files"
 _WITH_GRAFANA = f"{_COMPOSE} -f overlays/grafana/docker-compose.yml"
+_CLUSTER = "overlays/cluster/tests types it"
 _SUDO = "becomes root, and changes files of the machine"
 NOT_TYPED = {
     "tools/stack up": _STACK,
@@ -146,6 +148,16 @@ NOT_TYPED = {
     " --password-from-stdin": _GRAFANA,
     f"{_COMPOSE} -f overlays/secure/docker-compose.yml -f overlays/grafana/docker-compose.yml"
     " -f overlays/grafana/secure.yml up -d --wait": _GRAFANA,
+    f"{_COMPOSE} -f overlays/cluster/docker-compose.yml up -d --build --wait": _CLUSTER,
+    "docker compose run --rm --no-deps -T schema psql -P pager=off -c"
+    ' "SELECT device_id, count(*) FROM events GROUP BY device_id"': _CLUSTER,
+    "docker compose exec postgres-1 patronictl -c /cluster/patroni.yml list": _CLUSTER,
+    "docker compose exec postgres-1 patronictl -c /cluster/patroni.yml reinit homelab postgres-2": (
+        "asks, and copies a node anew"
+    ),
+    "docker compose exec ingester-0 python -m ingester.top": _CLUSTER,
+    "overlays/cluster/partitions 3": _CLUSTER,
+    "overlays/cluster/test": _ITSELF,
     "git worktree add ../before COMMIT": "needs a clone with its history",
 }
 

@@ -1,0 +1,112 @@
+"""A single stack that becomes the cluster, as the README has it, loses nodes, and comes back.
+
+What it does: one fault of each kind under load, a third partition, the tools in a cluster, and the
+moves. What it does not: every node and every fault (faults.py).
+
+Invariant: what was lost is counted at the sender.
+"""
+
+import json
+from collections.abc import Iterator
+
+import pytest
+from cluster import Cluster, kill, more_partitions, under_fault
+from sender import Sender
+
+from tests.support import compose, documents
+from tests.support.device import Device, event
+
+pytestmark = [pytest.mark.compose, pytest.mark.timeout(600)]
+
+SINGLE = {"COMPOSE_FILE": "docker-compose.yml"}
+MOVE_IN, MOVE_BACK = documents.blocks("Moving in and back")
+UP = ("docker", "compose", "-f", "docker-compose.yml", "-f", "overlays/cluster/docker-compose.yml",
+      "up", "-d", "--build", "--wait")  # fmt: skip
+
+
+def stored(name: str) -> None:
+    with Device(1883, name, hears=name) as device:
+        assert device.ask(event(1, name))["status"] == "stored"
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """The overlay, up, with the rows of a single stack, in a checkout under umask 077."""
+    with compose.only_run():
+        cluster = Cluster(compose.copy_checkout(tmp_path_factory.mktemp("cluster")))
+        with compose.cleared(cluster):
+            cluster.run("docker", "compose", "up", "-d", "--build", "--wait",
+                        seconds=240, variables=SINGLE)  # fmt: skip
+            stored("before")
+            cluster.run("sh", "-ec", MOVE_IN, seconds=240, variables=SINGLE)
+            yield cluster
+
+
+def test_what_was_stored_before_has_moved_in(cluster: Cluster) -> None:
+    assert cluster.query("SELECT event_id FROM events") == [("before-1",)]
+    stored("before")  # sent again
+    assert cluster.query("SELECT count(*) FROM events") == [(1,)]
+    cluster.run(*UP, seconds=120)  # changes nothing
+
+
+def test_each_partition_answers_its_devices_and_the_tools_see_all_of_them(cluster: Cluster) -> None:
+    names = [f"esp-{number}" for number in range(8)]
+    for name in names:
+        with Device(1883, name, hears=name) as device:
+            assert device.ask(event(1, name))["status"] == "stored"
+            assert device.ask({"schema": 1, "device_id": name, "event_id": "bad"}) == {
+                "schema": 1, "event_id": "bad", "device_id": name, "status": "rejected",
+                "reason": "missing_field", "error": "event_type is required",
+            }  # fmt: skip
+    letters = cluster.query("SELECT topic, device_id FROM dead_letters")
+    topics = {topic.removesuffix(f"/{device}/events") for topic, device in letters}
+    assert topics == {"qs/v1/part/0", "qs/v1/part/1"}
+    # Either's tool looks after the letters of both, and sees both.
+    tool = ("exec", "-T", "ingester-0", "python", "-m")
+    done = cluster.run("docker", "compose", *tool, "ingester.deadletters",
+                       "replay", "--reason", "missing_field", expected=1).stdout  # fmt: skip
+    assert done == "replayed 8 of 8 dead letters: 8 refused as missing_field\n"
+    frame = cluster.compose(*tool, "ingester.top", "--once")
+    assert "0: online since" in frame
+    assert "1: online since" in frame
+    with Device(9001, "ws", hears="ws", transport="websockets") as device:
+        assert device.ask(event(1, "ws"))["status"] == "stored"
+
+
+def test_a_killed_node_of_each_kind_loses_nothing(cluster: Cluster) -> None:
+    with Sender(1883) as sender:
+        for fault in (
+            lambda: kill(cluster, "nats-1", seconds=5),
+            lambda: kill(cluster, "ingester-0", seconds=5),
+            lambda: kill(cluster, cluster.primary(), seconds=5),
+        ):
+            result = under_fault(cluster, sender, fault)
+            assert result.is_kept, json.dumps(result._asdict())
+
+
+def test_a_third_partition_under_load_loses_nothing(cluster: Cluster) -> None:
+    for number in ("", "0", "5", "x"):
+        cluster.run("overlays/cluster/partitions", number, expected=2)
+    with Sender(1883) as sender:
+        result = under_fault(cluster, sender, lambda: more_partitions(cluster))
+    assert result.is_kept, json.dumps(result._asdict())
+    frame = cluster.compose("exec", "-T", "ingester-2", "python", "-m", "ingester.top", "--once")
+    assert "2: online since" in frame
+    assert "stored 0" not in cluster.compose("logs", "ingester-2")
+    members = cluster.compose("exec", "-T", "postgres-1", "patronictl",
+                              "-c", "/cluster/patroni.yml", "list")  # fmt: skip
+    assert members.count("Quorum Standby") == 2
+    count = "SELECT device_id, count(*) FROM events GROUP BY device_id"
+    table = cluster.compose("run", "--rm", "--no-deps", "-T", "schema",
+                            "psql", "-P", "pager=off", "-c", count)  # fmt: skip
+    assert "device-49" in table
+
+
+def test_the_single_stack_comes_back_with_every_row(cluster: Cluster) -> None:
+    ids = set(cluster.query("SELECT event_id FROM events"))
+    cluster.run("sh", "-ec", MOVE_BACK, seconds=240)
+    try:
+        assert set(cluster.query("SELECT event_id FROM events")) == ids
+        stored("after")
+    finally:
+        cluster.run("docker", "compose", "down", "-v", variables=SINGLE)
