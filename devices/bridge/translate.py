@@ -176,6 +176,8 @@ class Translator:
         skipped: dict[str, int] = {}
         for document in documents:
             self._take(document, message, place, received_at, events, skipped)
+        if not events and not skipped:  # [{}]
+            _count(skipped, NOTHING_IN_IT)
         if len(events) > READINGS_MAX:
             raise _DeadEnd(TOO_MANY)
         if source.preset.echo_seconds and message.received_at and not message.is_redelivered:
