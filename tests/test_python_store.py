@@ -97,6 +97,7 @@ def grow(outbox: Outbox, transactions: int, randomness: random.Random) -> None:
 # --- power cuts ----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_what_was_kept_is_there_wherever_the_wal_ends(tmp_path: Path) -> None:
     """As if power went between any two sectors, with what was in the last one torn."""
     randomness = random.Random(1)
@@ -220,6 +221,7 @@ def heard(said: Path) -> dict[str, list[str]]:
     return found
 
 
+@pytest.mark.slow
 def test_killed_at_any_step_it_loses_nothing_and_repeats_no_id(tmp_path: Path) -> None:
     source = tmp_path / "source"  # with something in it, and something damaged to take over
     outbox = Outbox(source, "pi")
@@ -308,6 +310,7 @@ def takes(tmp_path_factory: pytest.TempPathFactory) -> list[Taken]:
     return made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["events.db", "events.db-wal", "last"])
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damage_is_noticed_and_costs_no_more_than_what_is_damaged(
