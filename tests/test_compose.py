@@ -287,12 +287,6 @@ REPLAYS = (
 CHANGES = re.compile(
     r"docker compose (--profile demo|up|down|stop|start|restart|run .*mosquitto)\b"
 )
-# In these the broker has no part, or a simulated device is the other one: they are typed with the
-# checkout's own alone. test_simulator.py has the broker of the machine, which in Debian is 2.0.
-WITHOUT_BROKER = re.compile(
-    r"docker (compose (exec postgres|logs .*(ingester|postgres|schema|demo)|ps)\b|ps|stats|system)"
-    r"|PGPASSWORD=|.* ingester.deadletters (list|show|purge)|du |docker compose run --rm demo "
-)
 # Takes 40 s, and harms nobody.
 DEMO = "docker compose run --rm demo "
 # The dead letters of deadletters.md: its event of 85 degrees, and one that
@@ -341,7 +335,7 @@ def type_all(stack: Compose, commands: Iterable[str]) -> Iterator[str]:
                 yield str(terminal)
 
 
-@both_brokers
+# With today's broker: what depends on it is tried with both, by the other tests.
 def test_every_command_of_the_documents_works_as_typed_in_a_terminal(put_back: Compose) -> None:
     with_python(put_back)
     put_back.psql(DEAD_LETTERS)
@@ -350,7 +344,6 @@ def test_every_command_of_the_documents_works_as_typed_in_a_terminal(put_back: C
         for command in documents.to_type(documents.DEFAULT)
         if not documents.GOES_ON.search(command)
         and command not in (SIMULATOR, INGESTER)
-        and (put_back.broker == BROKER or not WITHOUT_BROKER.match(command))
     ]
     demo = [command for command in commands if command.startswith(DEMO)]
     changing = [command for command in commands if CHANGES.match(command)]
