@@ -342,8 +342,7 @@ def test_every_command_of_the_documents_works_as_typed_in_a_terminal(put_back: C
     commands = [
         command
         for command in documents.to_type(documents.DEFAULT)
-        if not documents.GOES_ON.search(command)
-        and command not in (SIMULATOR, INGESTER)
+        if not documents.GOES_ON.search(command) and command not in (SIMULATOR, INGESTER)
     ]
     demo = [command for command in commands if command.startswith(DEMO)]
     changing = [command for command in commands if CHANGES.match(command)]
