@@ -16,9 +16,10 @@ from typing import Any
 
 import pytest
 
-from benchmark import page
+from benchmark import bridge, page, report
 from benchmark.fleet import Fleet, FleetError, publishes
 from benchmark.report import against, median
+from benchmark.run import progress
 from tests.support.pipeline import Pipeline
 from tools.process import CHECKOUT
 from tools.stack import Stack
@@ -83,6 +84,14 @@ def test_an_ack_for_another_event_does_not_count(running: Pipeline) -> None:
         pytest.raises(FleetError, match="no ACK for 1 events, such as b'asked-0-0'"),
     ):
         fleet.closed_loop([asked._replace(packet=other.packet)], 1, ignore)
+
+
+def test_the_bridge_is_measured_with_all_stored(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"ROUNDS": 1, "MESSAGES": 200, "WARMING_UP": 100}.items():
+        monkeypatch.setattr(bridge, name, value)
+    results = bridge.measure(progress)
+    assert results.keys() == bridge.READINGS.keys()
+    assert "| messages/s stored and ACKed |" in report.bridge(results)
 
 
 def test_a_median_is_taken_over_the_rounds() -> None:

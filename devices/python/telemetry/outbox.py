@@ -261,11 +261,12 @@ class Outbox:
     def due(self) -> list[Message]:
         """Return what is to be sent now. Call it often; what is not answered comes again.
 
+        What was answered since the last call is deleted, by one transaction for all of it.
         If a message cannot be sent, the connection is gone: call disconnected().
         """
         now = self._ticks()
         if now >= self._next_upkeep:
-            self._forget()  # at once what all messages since the last time have answered
+            self._forget()
             if self._connected and self._answered and self._has_lost:
                 self._tell_lost()
         if not self._connected:
