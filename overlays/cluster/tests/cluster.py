@@ -176,9 +176,22 @@ def kill(cluster: Cluster, *services: str, seconds: float = 10) -> None:
 
 def freeze(cluster: Cluster, *services: str, seconds: float = 30) -> None:
     """Let containers do nothing for a while; to others they are there, and silent."""
-    cluster.docker("pause", *services)
+    signal_all(cluster, "STOP", *services)
     time.sleep(seconds)
-    cluster.docker("unpause", *services)
+    signal_all(cluster, "CONT", *services)
+
+
+def signal_all(cluster: Cluster, name: str, *services: str) -> None:
+    """Send a signal to all that runs in containers.
+
+    Not `docker pause`: the engine may begin a health check just then, and hangs as a whole.
+    """
+    for service in services:
+        if service in NATS:  # there is no shell in it, and one process
+            cluster.run("docker", "kill", "-s", name, cluster.container(service))
+        else:  # all but init and the shell itself
+            command = ("sh", "-c", f"kill -{name} -1")
+            cluster.run("docker", "exec", cluster.container(service), *command)
 
 
 def more_partitions(cluster: Cluster) -> None:

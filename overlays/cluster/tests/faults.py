@@ -26,6 +26,7 @@ from cluster import (
     freeze,
     kill,
     more_partitions,
+    signal_all,
     under_fault,
 )
 from sender import Sender
@@ -43,10 +44,10 @@ def killed_behind_frozen_standbys(cluster: Cluster) -> None:
     """Freeze both standbys, so that no commit is answered, and then kill the primary."""
     primary = cluster.primary()
     standbys = [member["name"] for member in cluster.members() if member["name"] != primary]
-    cluster.docker("pause", *standbys)
+    signal_all(cluster, "STOP", *standbys)
     time.sleep(10)
     cluster.docker("kill", primary)
-    cluster.docker("unpause", *standbys)
+    signal_all(cluster, "CONT", *standbys)
     time.sleep(20)
     cluster.docker("start", primary)
 
