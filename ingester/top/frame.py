@@ -81,13 +81,17 @@ def _labelled(label: str, text: str) -> str:
 
 
 def _state(traffic: Traffic) -> str:
-    """Return how the ingester is; of several each, those in trouble first."""
+    """Return how the ingester is; of several, each that is in trouble, the worst first."""
     if len(traffic.ingesters) == 1:
         return _state_of(traffic, *traffic.ingesters.values())
-    ranked = sorted(traffic.ingesters, key=lambda number: (-_trouble(traffic, number), int(number)))
-    return "  ".join(
-        f"{number}: {_state_of(traffic, traffic.ingesters[number])}" for number in ranked
-    )
+    ranked = _ranked(traffic)
+    parts = [
+        f"{number}: {_state_of(traffic, traffic.ingesters[number])}"
+        for number in ranked
+        if _trouble(traffic, number)
+    ]
+    well = len(ranked) - len(parts)
+    return "  ".join([*parts, f"{well} online"] if well else parts)
 
 
 def _state_of(traffic: Traffic, ingester: Ingester) -> str:
@@ -115,16 +119,22 @@ def _trouble(traffic: Traffic, number: str) -> int:
     """Return how bad it is with an ingester; 0 if nothing is known to be wrong."""
     ingester = traffic.ingesters[number]
     state = ingester.status.state if ingester.status else None
-    if state in (None, State.OFFLINE) or _is_silent(traffic, ingester):
+    if not traffic.is_connected or state in (None, State.OFFLINE) or _is_silent(traffic, ingester):
         return 2
     return 1 if state is State.WAITING_FOR_DATABASE else 0
 
 
+def _ranked(traffic: Traffic) -> list[str]:
+    """Return the numbers of the ingesters, those in most trouble first."""
+    return sorted(
+        traffic.ingesters, key=lambda number: (-_trouble(traffic, number), len(number), number)
+    )
+
+
 def _worst(traffic: Traffic) -> tuple[str, Ingester]:
     """Return the ingester in most trouble, and what to call it."""
-    number = max(traffic.ingesters, key=lambda number: _trouble(traffic, number))
-    name = f"ingester {number}" if len(traffic.ingesters) > 1 else "ingester"
-    return name, traffic.ingesters[number]
+    number = _ranked(traffic)[0]
+    return f"ingester {number}".rstrip(), traffic.ingesters[number]
 
 
 def _broker(traffic: Traffic) -> str:

@@ -148,7 +148,9 @@ NOT_TYPED = {
     " --password-from-stdin": _GRAFANA,
     f"{_COMPOSE} -f overlays/secure/docker-compose.yml -f overlays/grafana/docker-compose.yml"
     " -f overlays/grafana/secure.yml up -d --wait": _GRAFANA,
-    f"{_COMPOSE} -f overlays/cluster/docker-compose.yml up -d --build --wait": _CLUSTER,
+    f"{_COMPOSE} -f overlays/cluster/docker-compose.yml up -d --build --wait": (
+        "overlays/cluster/tests types it with COMPOSE_FILE"
+    ),
     "docker compose run --rm --no-deps -T schema psql -P pager=off -c"
     ' "SELECT device_id, count(*) FROM events GROUP BY device_id"': _CLUSTER,
     "docker compose exec postgres-1 patronictl -c /cluster/patroni.yml list": _CLUSTER,

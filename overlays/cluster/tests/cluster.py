@@ -21,6 +21,7 @@ from tests.support.compose import PROJECT, Compose
 from tests.support.pipeline import wait_until
 
 OVERLAY = ("docker-compose.yml", "overlays/cluster/docker-compose.yml")
+SINGLE = {"COMPOSE_FILE": "docker-compose.yml"}
 NATS = ("nats-1", "nats-2", "nats-3")
 POSTGRES = ("postgres-1", "postgres-2", "postgres-3")
 ETCD = ("etcd-1", "etcd-2", "etcd-3")
@@ -52,6 +53,11 @@ class Cluster(Compose):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder, *OVERLAY)
+
+    def tear_down(self) -> None:
+        """Remove everything, the single stack that moved in and its volume included."""
+        self.run("docker", "compose", "down", "--volumes", "--remove-orphans", variables=SINGLE)
+        super().tear_down()
 
     def container(self, service: str) -> str:
         """Return the name of a service's container."""
