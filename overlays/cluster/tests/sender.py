@@ -8,6 +8,7 @@ Invariant: `sent` has every event that was ever handed to MQTT, and `heard` thos
 """
 
 import json
+import secrets
 import threading
 import time
 from typing import Any
@@ -117,7 +118,8 @@ class _Device:
         self.waiting: dict[str, list[Any]] = {}  # by event_id: when it was sent last, and what
         self.last_ack_at = self.longest_seconds = 0.0
         self._sender, self._port, self._name = sender, port, name
-        self._number = 0
+        # Ids never repeat: what another Sender has sent is no news to the database.
+        self._boot, self._number = secrets.token_hex(4), 0
         self._looked_at = 0.0
         self._subscribed = threading.Event()
         # Always the same: NATS keeps what it has of another id for ever, if its node is killed.
@@ -140,7 +142,7 @@ class _Device:
 
     def publish_next(self, now: float) -> None:
         self._number += 1
-        event_id = f"{self._name}-{self._number}"
+        event_id = f"{self._name}-{self._boot}-{self._number}"
         payload = json.dumps(
             {
                 "schema": 1,
