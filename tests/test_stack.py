@@ -137,12 +137,13 @@ def commands() -> list[str]:
     """Those for it, and all that have `docker compose exec`, as it says to type them."""
     own = documents.to_type(documents.WITHOUT_DOCKER)
     assert len(own) > 5
+    in_service = r"docker compose exec (-T )?(mosquitto|postgres|ingester) "
     typed = [
-        re.sub(r"docker compose exec (-T )?\w+", "tools/stack exec", command.text)
+        re.sub(in_service, "tools/stack exec ", command.text)
         for command in documents.commands()
         if command.block == "sh"
         and documents.stack_of(command) == documents.DEFAULT
-        and command.text.startswith("docker compose exec ")
+        and re.match(in_service, command.text)
         and "/mosquitto/" not in command.text
     ]
     assert len(typed) > 10
