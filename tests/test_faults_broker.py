@@ -281,7 +281,7 @@ def wait_until_stuck(database: Database, device: Device) -> None:
         "SELECT count(*) FROM pg_stat_activity WHERE datname = %s AND wait_event_type = 'Lock'"
         " AND query LIKE %s"
     )
-    wanted = f"INSERT INTO events%'{device.device_id}-%"
+    wanted = f'EXECUTE insert_events%"{device.device_id}-%'
     wait_until(
         lambda: database.query(stuck, database.name, wanted) == [(1,)],
         f"an INSERT for {device.device_id} that waits",

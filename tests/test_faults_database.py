@@ -368,7 +368,7 @@ def test_a_line_cut_amid_a_statement_is_tried_again(
     """Whether it was committed nobody can know."""
     with under_load(pipeline) as trial:
         for _ in range(3):
-            assert proxy.cut_after(b"INSERT INTO events", "to_server").wait(10)
+            assert proxy.cut_after(b"EXECUTE insert_events", "to_server").wait(10)
             trial.fixed()
     report(trial.finding_after_outage("line cut behind an INSERT, 3 times"))
 
