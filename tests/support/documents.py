@@ -125,7 +125,7 @@ NOT_TYPED = {
     ".venv/bin/python -m benchmark.run": "takes 20 minutes; test_benchmark.py types --short",
     ".venv/bin/python -m benchmark.run --short": "test_benchmark.py types it",
     ".venv/bin/python -m benchmark.run --page": "takes 10 minutes",
-    ".venv/bin/python -m benchmark.run --bridge": "takes 2 minutes; test_benchmark.py runs it briefly",
+    ".venv/bin/python -m benchmark.run --bridge": "takes 2 minutes",
     ".venv/bin/python -m benchmark.run --against FOLDER": "takes 8 minutes",
     ".venv/bin/python -m benchmark.run --against ../before": "takes 8 minutes",
     ".venv/bin/python -m benchmark.run --against ../before --rounds 10": "takes longer",
