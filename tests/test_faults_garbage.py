@@ -10,12 +10,13 @@ Invariant: each message has its answer, counted at the sender, before a figure i
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC
 from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
 
-from ingester.event import PAYLOAD_BYTES_MAX
+from ingester.event import ARRAY_EVENTS_MAX, PAYLOAD_BYTES_MAX, decode
 from tests.support.device import Device, event
 from tests.support.findings import Finding, find
 from tests.support.load import connects, devices, peak_megabytes
@@ -24,7 +25,9 @@ from tests.support.pipeline import Pipeline, wait_until
 Report = Callable[[Finding], None]
 MESSAGES = 200
 MEGABYTES_MAX = 120
-SECONDS_MAX = 4
+# The other's wait in units of what it takes here to decode 20 messages of 1,000 valid events, just
+# before and behind it: a machine may be slow. Where that was 0.06 s, garbage took up to 3.7 s.
+RATIO_MAX = 100
 # A machine that is busy with something else is no fault of ours; twice in a row it rarely is.
 TRIES = 2
 ARRAY_BYTES = 250_000
@@ -196,19 +199,39 @@ def answers(device: Device) -> int:
     return sum(topic.endswith("/acks") for topic, _ in list(device.messages))
 
 
+def decoding_seconds() -> float:
+    """Return how long this machine takes, just now, to decode 20 messages of 1,000 events."""
+    payload = events_in_array('"value":1', ARRAY_EVENTS_MAX, 0)
+    began_at = time.perf_counter()
+    for _ in range(20):
+        assert not decode(DEVICE_ID, payload, UTC).is_whole
+    return time.perf_counter() - began_at
+
+
+class Wait(NamedTuple):
+    """The other's wait for its ACK, and how long it may be."""
+
+    seconds: float
+    seconds_max: float
+
+    @property
+    def is_short(self) -> bool:
+        return self.seconds < self.seconds_max
+
+
 class Cost(NamedTuple):
     """What 200 messages cost: the other's wait at each try, and the peak of the memory."""
 
-    tries: list[float]
+    tries: list[Wait]
     megabytes: float
 
     def __str__(self) -> str:
-        waits = " and ".join(f"{seconds:.1f}" for seconds in self.tries)
+        waits = " and ".join(f"{wait.seconds:.1f}" for wait in self.tries)
         return f"the other's ACK after {waits} s, memory {self.megabytes:.0f} MB"
 
     def check(self) -> None:
         assert self.megabytes < MEGABYTES_MAX, str(self)
-        assert min(self.tries) < SECONDS_MAX, str(self)
+        assert self.tries[-1].is_short, f"{self}; {self.tries}"
 
 
 def cost_of(
@@ -219,12 +242,14 @@ def cost_of(
 ) -> Cost:
     """Send 200 messages, again if they took too long; wait until each has its answers."""
     flooding, other = publishers
-    tries: list[float] = []
+    tries: list[Wait] = []
     heard, heard_acks = answers(flooding), len(flooding.acks)
-    while len(tries) < TRIES and (not tries or tries[-1] >= SECONDS_MAX):
+    while len(tries) < TRIES and (not tries or not tries[-1].is_short):
         begin = len(tries) * MESSAGES
         payloads = [payload(number) for number in range(begin, begin + MESSAGES)]
-        tries.append(seconds_behind(pipeline, flooding, other, payloads))
+        before = decoding_seconds()
+        seconds = seconds_behind(pipeline, flooding, other, payloads)
+        tries.append(Wait(seconds, RATIO_MAX * max(before, decoding_seconds())))
         messages = len(tries) * MESSAGES
 
         def answered(messages: int = messages) -> bool:
