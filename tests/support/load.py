@@ -127,6 +127,17 @@ def connects(pipeline: Pipeline) -> int:
     return pipeline.ingester.log().count("MQTT connected rc=Success")
 
 
+def check_own_reconnects(pipeline: Pipeline) -> None:
+    """Check that it connected once, and again only by choice: broker 2.0 sends too much."""
+
+    def chosen() -> int:
+        return pipeline.ingester.log().count("MQTT: reconnecting, so that the broker sends again")
+
+    # The last of them may still be under way.
+    wait_until(lambda: connects(pipeline) > chosen(), "the ingester to be connected again")
+    assert connects(pipeline) == 1 + chosen()
+
+
 def peak_megabytes(process: Process) -> float:
     """Return the most memory that the process has had in RAM, in MB (VmHWM)."""
     status = Path(f"/proc/{process.pid}/status").read_text()
