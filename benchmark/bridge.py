@@ -43,10 +43,9 @@ def measure(progress: Callable[[str, int], AbstractContextManager[Callable[[int]
     results: dict[str, list[Any]] = {name: [] for name in READINGS}
     for number in range(1, ROUNDS + 1):
         with Stack() as stack, bridge(stack) as process, Fleet(stack.ports.mqtt) as fleet:
-            fleet.closed_loop(
-                publishes(0, 5_000, READINGS["one reading"]), OUTSTANDING, lambda _: None
-            )  # warming up
-            first, rows = 5_000, 5_000
+            warming_up = publishes(0, WARMING_UP, READINGS["one reading"])
+            fleet.closed_loop(warming_up, OUTSTANDING, lambda _: None)
+            first = rows = WARMING_UP
             for name, readings in READINGS.items():
                 packets = publishes(first, MESSAGES, readings)
                 first += MESSAGES
