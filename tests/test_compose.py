@@ -335,7 +335,7 @@ def type_all(stack: Compose, commands: Iterable[str]) -> Iterator[str]:
                 yield str(terminal)
 
 
-# With today's broker: what depends on it is tried with both, by the other tests.
+# With today's broker alone: what depends on the broker is tried with both by other tests.
 def test_every_command_of_the_documents_works_as_typed_in_a_terminal(put_back: Compose) -> None:
     with_python(put_back)
     put_back.psql(DEAD_LETTERS)

@@ -1186,7 +1186,7 @@ HERE = {
 }
 
 
-# With today's broker: what of it depends on that is tried with both, by the tests above.
+# With today's broker alone: what depends on the broker is tried with both by the tests above.
 def test_every_command_of_the_overlays_documents_works_as_typed_in_a_terminal(
     stack: SecureStack,
 ) -> None:
