@@ -57,10 +57,12 @@ def _publish(run: str, number: int, events_each: int) -> Publish:
     return Publish(device, encoded, [event_id.encode() for event_id in ids])
 
 
-def packet(topic: str, packet_id: int, payload: bytes) -> bytes:
-    """Return a PUBLISH with QoS 1."""
-    body = _string(topic.encode()) + packet_id.to_bytes(2, "big") + payload
-    return b"\x32" + _length(len(body)) + body
+def packet(
+    topic: str, packet_id: int, payload: bytes, *, qos: int = 1, retain: bool = False
+) -> bytes:
+    """Return a PUBLISH; with QoS 0 it has no packet id."""
+    body = _string(topic.encode()) + (packet_id.to_bytes(2, "big") if qos else b"") + payload
+    return bytes([0x30 | qos << 1 | retain]) + _length(len(body)) + body
 
 
 def _event(name: str, event_id: str, number: int) -> dict[str, object]:
@@ -93,7 +95,8 @@ class Fleet:
 
     def __enter__(self) -> "Fleet":
         for device in range(DEVICES):
-            sock = _connect(self._port, _name(device))
+            name = _name(device)
+            sock = connect(self._port, f"benchmark-{name}", [f"qs/v1/{name}/acks"])
             self._sockets.append(sock)
             self._devices[sock.fileno()] = device
             self._poll.register(sock, select.EPOLLIN)
@@ -242,18 +245,22 @@ def _count(packets: Sequence[Publish]) -> int:
     return sum(len(publish.event_ids) for publish in packets)
 
 
-def _connect(port: int, name: str) -> socket.socket:
-    """Connect a device and subscribe to its ACKs, with QoS 0."""
+def connect(port: int, client_id: str, topics: Sequence[str], *, qos: int = 0) -> socket.socket:
+    """Connect to the broker with a clean session and no keepalive, and subscribe."""
     sock = socket.create_connection(("127.0.0.1", port), timeout=SILENCE_SECONDS_MAX)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    client_id = f"benchmark-{name}".encode()
-    # MQTT 3.1.1, section 3.1: clean session, no keepalive.
-    body = _string(b"MQTT") + b"\x04\x02\x00\x00" + _string(client_id)
-    sock.sendall(b"\x10" + _length(len(body)) + body)
-    _expect(sock, b"\x20\x02\x00\x00")
-    body = b"\x00\x01" + _string(f"qs/v1/{name}/acks".encode()) + b"\x00"
-    sock.sendall(b"\x82" + _length(len(body)) + body)
-    _expect(sock, b"\x90\x03\x00\x01\x00")
+    try:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        # MQTT 3.1.1, section 3.1.
+        body = _string(b"MQTT") + b"\x04\x02\x00\x00" + _string(client_id.encode())
+        sock.sendall(b"\x10" + _length(len(body)) + body)
+        _expect(sock, b"\x20\x02\x00\x00")
+        granted = bytes([qos])
+        body = b"\x00\x01" + b"".join(_string(topic.encode()) + granted for topic in topics)
+        sock.sendall(b"\x82" + _length(len(body)) + body)
+        _expect(sock, bytes([0x90, 2 + len(topics), 0, 1]) + granted * len(topics))
+    except BaseException:
+        sock.close()
+        raise
     return sock
 
 

@@ -26,6 +26,7 @@ from tests.support import compose, documents
 from tests.support.compose import BROKER, BROKER_2_0, CONTAINERS, PROJECT, VOLUME, Compose
 from tests.support.device import Device, event
 from tests.support.pipeline import wait_until
+from tests.support.secure import Client
 from tests.support.terminal import CTRL_C, Terminal
 from tools.process import free_port, port_is_free
 
@@ -495,8 +496,8 @@ def test_what_mosquitto_pub_publishes_is_answered_where_mosquitto_sub_hears_it(
 
 @both_brokers
 def test_a_device_over_websocket_hears_that_its_event_is_stored(stack: Compose) -> None:
-    with Device(9001, "browser", transport="websockets") as device:
-        answer = device.ask(event(1, "browser"))
+    with Client(None, "browser", port=9001, transport="websockets") as browser:
+        answer = browser.ask(event(1, "browser"))
     assert answer["status"] == "stored", answer
     assert stack.event_ids("browser") == {"browser-1"}
 

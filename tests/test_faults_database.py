@@ -393,13 +393,11 @@ def test_all_that_queues_up_while_the_database_is_down_is_stored(
     pid = ingester.pid
     with devices(running, 4) as publishers:
         with stopped(running):
-            last = [
-                device.send(event(i, device.device_id, value=i))
-                for i in range(number // 4)
-                for device in publishers
-            ]
-            for info in last[-4:]:
-                info.wait_for_publish(60)
+            for index in range(number // 4):
+                for device in publishers:
+                    device.send(event(index, device.device_id, value=index))
+            for device in publishers:
+                device.wait_taken(60)
             ingester.wait_for_log("WARNING Postgres: ")
             assert connects(running) == 1
         ready_at = time.monotonic()

@@ -20,7 +20,7 @@ from ingester.event import ARRAY_EVENTS_MAX, PAYLOAD_BYTES_MAX, decode
 from tests.support.device import Device, event
 from tests.support.findings import Finding, find
 from tests.support.load import check_own_reconnects, devices, peak_megabytes
-from tests.support.pipeline import Pipeline, wait_until
+from tests.support.pipeline import Pipeline
 
 Report = Callable[[Finding], None]
 MESSAGES = 200
@@ -182,8 +182,9 @@ def seconds_behind(
     The ingester is paused until the broker has everything, so all of it is really in front.
     """
     pipeline.ingester.pause()
-    sent = [flooding.send(payload) for payload in payloads]
-    wait_until(lambda: all(info.is_published() for info in sent), "the broker to take all", 60)
+    for payload in payloads:
+        flooding.send(payload)
+    flooding.wait_taken(60)
     item = event(len(other.sent), other.device_id)
     other.publish(item)
     began_at = time.perf_counter()
@@ -333,7 +334,6 @@ def test_a_backlog_with_one_percent_invalid_does_not_fill_the_memory(
     number, wrong_every = 45_000, 100
     with devices(steady, 5) as publishers:
         steady.ingester.pause()
-        sent = []
         for begin in range(0, number, events_each):
             device = publishers[begin // events_each % len(publishers)]
             items = [
@@ -341,8 +341,9 @@ def test_a_backlog_with_one_percent_invalid_does_not_fill_the_memory(
                 for index in range(begin, begin + events_each)
             ]
             device.sent |= {item["event_id"]: item for item in items}
-            sent.append(device.send(items if events_each > 1 else items[0]))
-        wait_until(lambda: all(info.is_published() for info in sent), "the broker to take all", 60)
+            device.send(items if events_each > 1 else items[0])
+        for device in publishers:
+            device.wait_taken(60)
         steady.ingester.resume()
         for device in publishers:
             device.wait(partial(answered_all, device), "an ACK for each event", 60)

@@ -56,10 +56,10 @@ def restart_with(pipeline: Pipeline, extra_config: str) -> None:
     pipeline.mosquitto.wait_ready()
 
 
-def wait_until_taken(publishers: list[Device], timeout: float = 60) -> None:
+def wait_until_taken(publishers: list[Device]) -> None:
     """Wait until the broker has PUBACKed the QoS 1 events of each."""
     for device in publishers:
-        wait_until(device.all_taken, "the broker to take all", timeout)
+        device.wait_taken(60)
 
 
 # --- many --------------------------------------------------------------------------------

@@ -117,9 +117,9 @@ def subscribe_with_qos_2(pipeline: Pipeline) -> None:
 def send_with_qos_2(device: Device, number: int) -> None:
     """Publish so many events with QoS 2; the broker has them all when it returns."""
     for begin in range(0, number, 100):  # of many at once, 2.0.11 leaves some unanswered
-        numbers = range(begin, min(begin + 100, number))
-        for info in [device.send(event(n, value=n), qos=2) for n in numbers]:
-            info.wait_for_publish(15)
+        for index in range(begin, min(begin + 100, number)):
+            device.send(event(index, value=index), qos=2)
+        device.wait_taken()
 
 
 def check_all_settled(pipeline: Pipeline, tap: Tap, device: Device, number: int) -> None:

@@ -111,7 +111,7 @@ def publish(device: Device, numbers: range, **fields: Any) -> None:
     """Publish these events; the broker has them all when it returns."""
     for number in numbers:
         device.send(event(number, device.device_id, value=number, **fields))
-    wait_until(device.all_taken, f"{len(numbers)} PUBACKs")
+    device.wait_taken()
 
 
 def receive(broker: Broker, number: int) -> list[Message]:
@@ -249,7 +249,7 @@ def test_a_mixture_and_a_backlog_of_it_are_stored_and_answered(pipeline: Pipelin
         device.wait(lambda: len(device.acks) == acks, f"{acks} ACKs")
         pipeline.ingester.stop()
         more_acks, more_letters = send_mixture(device, range(500, 4000))  # a backlog
-        wait_until(device.all_taken, "the broker to have all")
+        device.wait_taken()
         pipeline.ingester.start()
         device.wait(lambda: len(device.acks) == acks + more_acks, "an ACK for each", 60)
         letters += more_letters

@@ -167,7 +167,7 @@ def test_a_backlog_is_drained_over_tls(secured: Secured) -> None:
         pipeline.ingester.stop()
         for number in range(10_000):
             device.send(event(number, value=number))
-        wait_until(device.all_taken, "the broker to have them", 60)
+        device.wait_taken(60)
         start(pipeline)
         device.wait(lambda: len(device.heard_at) == 10_000, "10,000 ACKs", 60)
         find("backlog", [device], pipeline.database)

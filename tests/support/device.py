@@ -1,21 +1,33 @@
 """A device, as the tests need it: it publishes, and hears what comes back.
 
-What it does: keeps everything that it hears, and waits for it. What it does not: know what
-is in the database; what it counts, it counts at the sender.
+What it does: keeps everything that it hears, and waits for it; connects again, and sends again
+what the broker has not taken. It speaks MQTT 3.1.1 by itself, as many at once and as cheaply as
+the benchmark's devices: tests send so much that with paho they would measure paho. What it does
+not: know what is in the database; what it counts, it counts at the sender.
 
 Invariant: `acks` has each ACK in the order it came, arrays taken apart; `sent` has every
 event that was ever handed to MQTT, whatever became of it.
 """
 
+import contextlib
 import json
+import select
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterable
-from typing import Any, Literal, Self
+from typing import Any, Self
 
-from paho.mqtt import client as paho
-from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode
+from benchmark.fleet import PACKET_ID_MAX, FleetError, connect, packet
+from ingester.mqtt import OtherPacket, PacketReader, Puback, Publish, puback
+
+# MQTT 3.1.1, sections 3.3.1.1, 3.5, 3.6, 3.7 and 3.14.
+DUP = 0x08
+PUBREC, PUBREL, PUBCOMP = 0x50, b"\x62\x02", 0x70
+DISCONNECT = b"\xe0\x00"
+READ_BYTES_MAX = 262_144
+RECONNECT_SECONDS = 0.1
+LEAVE_SECONDS_MAX = 5.0
 
 
 def event(number: int | str, device_id: str = "device-1", **fields: Any) -> dict[str, Any]:
@@ -33,83 +45,73 @@ class Device:
     """A connected MQTT client that hears all ACKs and dead letters."""
 
     def __init__(
-        self,
-        port: int,
-        device_id: str = "device-1",
-        *,
-        host: str = "127.0.0.1",
-        transport: Literal["tcp", "websockets"] = "tcp",
-        root: str = "qs/v1",
-        hears: str = "+",
+        self, port: int, device_id: str = "device-1", *, root: str = "qs/v1", hears: str = "+"
     ) -> None:
         """`hears` is whose ACKs: each device's, or those of one id (for when there are many)."""
         self.device_id = device_id
-        self.hears = hears
         self.root = root
         self.messages: list[tuple[str, bytes]] = []
         self.acks: list[dict[str, Any]] = []
         self.dead_letters: list[dict[str, Any]] = []
         self.sent: dict[str, dict[str, Any]] = {}
         self.heard_at: dict[str, float] = {}  # when each was first heard to be stored
-        self._publishes: list[tuple[str, paho.MQTTMessageInfo]] = []
-        self._address = (host, port)
-        self._changed = threading.Condition()
-        self._subscribed = threading.Event()
-        self._client = paho.Client(CallbackAPIVersion.VERSION2, transport=transport)
-        self._client.max_inflight_messages_set(0)
-        self._client.on_socket_open = self._on_socket_open
-        self._client.on_connect = self._on_connect
-        self._client.on_subscribe = lambda *_: self._subscribed.set()
-        self._client.on_message = self._on_message
+        self._port = port
+        self._topics = [f"{root}/{hears}/acks", f"{root}/deadletter"]
+        self._changed = threading.Condition()  # guards all of the following, too
+        self._connected = False
+        self._leaving = False
+        self._packet_id = 0
+        self._not_taken: dict[int, bytes] = {}  # by packet id: what was sent with QoS 1 or 2
+        self._to_write: list[bytes] = []
+        self._wake, self._woken = socket.socketpair()
 
     def __enter__(self) -> Self:
         deadline = time.monotonic() + 15
-        while True:
-            try:
-                self._client.connect(*self._address)
-                break
-            except OSError:  # the broker is being restarted
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(0.05)
-        self._client.loop_start()
-        assert self._subscribed.wait(15), "the broker granted no subscription"
+        while (sock := self._connect()) is None:  # the broker is being restarted
+            assert time.monotonic() < deadline, "the broker takes no connection"
+            time.sleep(0.05)
+        self._thread = threading.Thread(target=self._run, args=[sock])
+        self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._client.disconnect()
-        self._client.loop_stop()
+        with self._changed:
+            self._leaving = True
+            self._write(DISCONNECT)
+        self._wake.send(b"!")
+        self._thread.join()
+        self._wake.close()
+        self._woken.close()
 
     def publish(
         self, payload: object, *, topic: str | None = None, qos: int = 1, retain: bool = False
     ) -> None:
-        """Publish bytes as they are, anything else as JSON; wait until the broker has it."""
-        self.send(payload, topic=topic, qos=qos, retain=retain).wait_for_publish(15)
+        """Publish bytes as they are, anything else as JSON; wait until the broker has it.
+
+        With QoS 0 nobody says so, and it waits for nothing.
+        """
+        number = self.send(payload, topic=topic, qos=qos, retain=retain)
+        self.wait(lambda: number not in self._not_taken, "the broker to take it")
 
     def send(
         self, payload: object, *, topic: str | None = None, qos: int = 1, retain: bool = False
-    ) -> paho.MQTTMessageInfo:
-        """Publish and wait for nothing."""
+    ) -> int:
+        """Publish and wait for nothing; return the packet id, which is 0 with QoS 0."""
         body = payload if isinstance(payload, bytes) else json.dumps(payload).encode()
         topic = topic or f"{self.root}/{self.device_id}/events"
-        info = self._client.publish(topic, body, qos=qos, retain=retain)
-        if qos > 0 and info.rc == MQTTErrorCode.MQTT_ERR_NO_CONN:
-            # paho keeps it and sends it after the next connect, and yet waits for no PUBACK.
-            info.rc = MQTTErrorCode.MQTT_ERR_SUCCESS
-        if isinstance(payload, dict) and "event_id" in payload:
-            self.sent[payload["event_id"]] = payload
-            if qos > 0:
-                self._publishes.append((payload["event_id"], info))
-        return info
+        with self._changed:
+            if isinstance(payload, dict) and "event_id" in payload:
+                self.sent[payload["event_id"]] = payload
+            number = self._next_packet_id() if qos else 0
+            data = packet(topic, number, body, qos=qos, retain=retain)
+            if qos:
+                self._not_taken[number] = data
+            self._write(data)
+        return number
 
-    @property
-    def taken(self) -> set[str]:
-        """The ids of the QoS 1 events that the broker has PUBACKed."""
-        return {event_id for event_id, info in self._publishes if info.is_published()}
-
-    def all_taken(self) -> bool:
-        """Whether the broker has PUBACKed every QoS 1 event, as often as it was sent."""
-        return all(info.is_published() for _, info in reversed(self._publishes))
+    def wait_taken(self, timeout: float = 15) -> None:
+        """Wait until the broker has all that was sent with QoS 1 or 2."""
+        self.wait(lambda: not self._not_taken, "the broker to take all", timeout)
 
     def ask(self, payload: object, *, qos: int = 1, topic: str | None = None) -> dict[str, Any]:
         """Publish one event; return its ACK."""
@@ -131,7 +133,7 @@ class Device:
             waiting = {k: item for k, item in waiting.items() if k not in self.heard_at}
 
     def wait(self, condition: Callable[[], bool], what: str, timeout: float = 15) -> None:
-        """Wait until the condition holds; it is looked at after each message."""
+        """Wait until the condition holds; it is looked at whenever something has come."""
         if not self._wait(condition, timeout):
             heard = f"heard {len(self.acks)} ACKs and {len(self.dead_letters)} dead letters"
             raise AssertionError(
@@ -142,24 +144,96 @@ class Device:
         with self._changed:
             return self._changed.wait_for(condition, timeout)
 
-    def _on_socket_open(self, _client: Any, _user: Any, sock: Any) -> None:
-        if isinstance(sock, socket.socket):
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    def _next_packet_id(self) -> int:
+        while True:
+            self._packet_id = self._packet_id % PACKET_ID_MAX + 1
+            if self._packet_id not in self._not_taken:
+                return self._packet_id
 
-    def _on_connect(self, client: paho.Client, *_: Any) -> None:
-        acks = f"{self.root}/{self.hears}/acks"
-        client.subscribe([(acks, 1), (f"{self.root}/deadletter", 1)])
+    def _write(self, data: bytes) -> None:
+        """Hand it to the thread; without a connection only what `_not_taken` has is sent later."""
+        if self._connected:
+            self._to_write.append(data)
+            if len(self._to_write) == 1:
+                self._wake.send(b"!")
 
-    def _on_message(self, _client: Any, _user: Any, message: paho.MQTTMessage) -> None:
+    # --- in a thread of its own ----------------------------------------------------------
+
+    def _run(self, sock: socket.socket) -> None:
+        while True:
+            with sock, contextlib.suppress(OSError):
+                self._serve(sock)
+                return
+            with self._changed:
+                self._connected = False
+                self._to_write.clear()
+            while (again := self._connect()) is None:
+                if self._leaving:
+                    return
+                time.sleep(RECONNECT_SECONDS)
+            sock = again
+
+    def _connect(self) -> socket.socket | None:
+        try:
+            sock = connect(self._port, "", self._topics, qos=1)
+        except (OSError, FleetError):
+            return None
+        sock.setblocking(False)
+        with self._changed:
+            self._connected = True
+            not_taken = self._not_taken.values()
+            self._to_write = [bytes([data[0] | DUP]) + data[1:] for data in not_taken]
+        return sock
+
+    def _serve(self, sock: socket.socket) -> None:
+        """Write and read until it is to leave, and all is written."""
+        reader, unwritten = PacketReader(), memoryview(b"")
+        poll = select.poll()
+        poll.register(self._woken, select.POLLIN)
+        while unwritten or self._to_write or not self._leaving:
+            if not unwritten:
+                unwritten = self._take()
+            with contextlib.suppress(BlockingIOError):
+                unwritten = unwritten[sock.send(unwritten) :]
+            poll.register(sock, select.POLLIN | (select.POLLOUT if unwritten else 0))
+            ready = dict(poll.poll(LEAVE_SECONDS_MAX * 1000 if self._leaving else None))
+            if not ready:
+                return  # the broker does not take it
+            if self._woken.fileno() in ready:
+                self._woken.recv(READ_BYTES_MAX)
+            if ready.get(sock.fileno(), 0) & ~select.POLLOUT:
+                self._hear(reader, sock.recv(READ_BYTES_MAX))
+
+    def _take(self) -> memoryview:
+        with self._changed:
+            data = b"".join(self._to_write)
+            self._to_write.clear()
+        return memoryview(data)
+
+    def _hear(self, reader: PacketReader, data: bytes) -> None:
+        if not data:
+            raise ConnectionError("the broker has ended the connection")
         now = time.perf_counter()
         with self._changed:
-            self.messages.append((message.topic, bytes(message.payload)))
-            body = json.loads(message.payload)
-            if message.topic.endswith("/deadletter"):
-                self.dead_letters.append(body)
-            else:
-                for ack in body if isinstance(body, list) else [body]:
-                    self.acks.append(ack)
-                    if ack["status"] == "stored":
-                        self.heard_at.setdefault(ack["event_id"], now)
+            for item in reader.packets(data):
+                if isinstance(item, Publish):
+                    self._hear_message(item.topic, item.payload, now)
+                    self._to_write.append(puback(item.packet_id))
+                elif isinstance(item, Puback):
+                    self._not_taken.pop(item.packet_id, None)
+                elif isinstance(item, OtherPacket) and item.data[0] == PUBREC:
+                    self._to_write.append(PUBREL + item.data[2:])
+                elif isinstance(item, OtherPacket) and item.data[0] == PUBCOMP:
+                    self._not_taken.pop(int.from_bytes(item.data[2:], "big"), None)
             self._changed.notify_all()
+
+    def _hear_message(self, topic: str, payload: bytes, now: float) -> None:
+        self.messages.append((topic, payload))
+        body = json.loads(payload)
+        if topic.endswith("/deadletter"):
+            self.dead_letters.append(body)
+            return
+        for ack in body if isinstance(body, list) else [body]:
+            self.acks.append(ack)
+            if ack["status"] == "stored":
+                self.heard_at.setdefault(ack["event_id"], now)

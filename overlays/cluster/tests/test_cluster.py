@@ -12,10 +12,12 @@ from collections.abc import Iterator
 
 import pytest
 from cluster import SINGLE, Cluster, kill, more_partitions, under_fault
+from paho.mqtt.client import MQTTv311
 from sender import Sender
 
 from tests.support import compose, documents
 from tests.support.device import Device, event
+from tests.support.secure import Client
 
 pytestmark = [pytest.mark.compose, pytest.mark.timeout(600)]
 
@@ -65,8 +67,8 @@ def test_each_partition_answers_its_devices_and_the_tools_see_all_of_them(cluste
     assert done == "replayed 8 of 8 dead letters: 8 refused as missing_field\n"
     frame = cluster.compose(*tool, "ingester.top", "--once")
     assert "ingester  2 online" in frame
-    with Device(9001, "ws", hears="ws", transport="websockets") as device:
-        assert device.ask(event(1, "ws"))["status"] == "stored"
+    with Client(None, "ws", port=9001, transport="websockets", protocol=MQTTv311) as browser:
+        assert browser.ask(event(1, "ws"))["status"] == "stored"
 
 
 def test_a_killed_node_of_each_kind_loses_nothing(cluster: Cluster) -> None:
