@@ -196,11 +196,14 @@ class Postgres(Process):
         self._client(["pg_restore", *options, str(file.absolute())], None)
 
     def create_database(self, name: str, template: str | None = None) -> None:
+        self.psql(self.create_database_sql(name, template), "postgres")
+
+    def create_database_sql(self, name: str, template: str | None = None) -> str:
         clause = f" TEMPLATE {_quoted(template)}" if template else ""
         # Before 15 it was the only way. The other one writes each block into the WAL as well.
         if template and int((self.data / "PG_VERSION").read_text()) >= 15:
             clause += " STRATEGY FILE_COPY"
-        self.psql(f"CREATE DATABASE {_quoted(name)}{clause}", "postgres")
+        return f"CREATE DATABASE {_quoted(name)}{clause}"
 
     def drop_database(self, name: str) -> None:
         self.psql(f"DROP DATABASE IF EXISTS {_quoted(name)} WITH (FORCE)", "postgres")
