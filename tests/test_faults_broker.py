@@ -127,11 +127,11 @@ def test_a_frozen_broker_that_thaws_goes_on_where_it_was(
     steady: Pipeline, report: Report, seconds: int
 ) -> None:
     with devices(steady, 2) as publishers:
-        with load(publishers):
+        with load(publishers, per_second=100):
             wait_for_acks(publishers)
             steady.mosquitto.pause()
             try:
-                wait_for_load(publishers, seconds * 2 * 200)
+                wait_for_load(publishers, seconds * 2 * 100)
             finally:
                 steady.mosquitto.resume()
             wait_for_acks(publishers)
@@ -224,10 +224,10 @@ def test_a_line_that_thaws_after_a_while_goes_on_where_it_was(
     proxy: Proxy, steady: Pipeline, report: Report, direction: str
 ) -> None:
     with devices(steady, 2) as publishers:
-        with load(publishers):
+        with load(publishers, per_second=100):
             wait_for_acks(publishers)
             proxy.freeze(**FROZEN[direction])
-            wait_for_load(publishers, 10 * 400)
+            wait_for_load(publishers, 10 * 2 * 100)
             proxy.thaw()
             wait_for_acks(publishers)
         hear_all(publishers)
@@ -410,12 +410,12 @@ def test_two_ingesters_with_one_client_id_lose_nothing_and_do_not_fight(
     second = Ingester(steady.ingester.environment, tmp_path / "second.log")
     with devices(steady, 2) as publishers:
         try:
-            with load(publishers):
+            with load(publishers, per_second=100):
                 wait_for_acks(publishers)
                 began_at = time.monotonic()
                 second.start()
                 second.wait_ready()
-                wait_for_load(publishers, 2 * 200 * seconds)
+                wait_for_load(publishers, 2 * 100 * seconds)
             lasted = time.monotonic() - began_at
             assert second.running
         finally:

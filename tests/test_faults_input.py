@@ -187,7 +187,7 @@ def nonsense(randomness: random.Random, number: int) -> bytes:
 def test_a_flood_of_nonsense_is_kept_and_the_good_events_in_it_are_stored(
     running: Pipeline, report: Report, pytestconfig: pytest.Config
 ) -> None:
-    each = 10_000 if pytestconfig.getoption("faults") else 1_000
+    each = 4_000 if pytestconfig.getoption("faults") else 1_000
     randomness = random.Random(20260210)
     with running.device() as device:
         order = [True] * each + [False] * each

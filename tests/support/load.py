@@ -7,6 +7,7 @@ not: check the promise; that is find() in tests/support/findings.py.
 Invariant: nothing is published any more when a block is left, whatever happened in it.
 """
 
+import itertools
 import re
 import threading
 from collections.abc import Iterable, Iterator, Sequence
@@ -34,23 +35,22 @@ def devices(pipeline: Pipeline, number: int, port: int | None = None) -> Iterato
 def load(publishers: Sequence[Device], per_second: int = 200, qos: int = 1) -> Iterator[None]:
     """Let each of them publish a new event so often, once, while the block runs."""
     over = threading.Event()
+    turn_seconds = max(TURN_SECONDS, 1 / per_second)
 
-    def publish(device: Device) -> None:
-        number = len(device.sent)
-        while not over.wait(TURN_SECONDS):
-            for _ in range(max(1, round(per_second * TURN_SECONDS))):
-                device.send(event(number, device.device_id, value=number), qos=qos)
-                number += 1
+    def publish() -> None:
+        numbers = [itertools.count(len(device.sent)) for device in publishers]
+        while not over.wait(turn_seconds):
+            for device, count in zip(publishers, numbers, strict=True):
+                for number in itertools.islice(count, round(per_second * turn_seconds)):
+                    device.send(event(number, device.device_id, value=number), qos=qos)
 
-    threads = [threading.Thread(target=publish, args=[device]) for device in publishers]
-    for thread in threads:
-        thread.start()
+    thread = threading.Thread(target=publish)
+    thread.start()
     try:
         yield
     finally:
         over.set()
-        for thread in threads:
-            thread.join()
+        thread.join()
 
 
 def deliver_rest(publishers: Iterable[Device], timeout: float = 30) -> None:

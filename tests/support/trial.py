@@ -99,7 +99,7 @@ class Trial:
 
 
 @contextmanager
-def under_load(pipeline: Pipeline, per_second: int = 100) -> Iterator[Trial]:
+def under_load(pipeline: Pipeline, per_second: int = 50) -> Iterator[Trial]:
     """Let devices publish while the block runs; behind it, wait until all is answered.
 
     Two send each event once, one sends each again until it is answered, and one sends what
