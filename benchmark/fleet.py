@@ -38,21 +38,21 @@ class Publish(NamedTuple):
     event_ids: list[bytes]
 
 
-def publishes(run: str, count: int, events_each: int = 1) -> list[Publish]:
+def publishes(run: str, count: int, events_each: int = 1, devices: int = DEVICES) -> list[Publish]:
     """So many PUBLISH packets in turn for each device; with events_each > 1 of arrays.
 
     `run` makes the event ids unique. An event is about 200 bytes of JSON.
     """
-    return [_publish(run, number, events_each) for number in range(count)]
+    return [_publish(run, number, events_each, devices) for number in range(count)]
 
 
-def _publish(run: str, number: int, events_each: int) -> Publish:
-    device = number % DEVICES
+def _publish(run: str, number: int, events_each: int, devices: int) -> Publish:
+    device = number % devices
     name = _name(device)
     ids = [f"{run}-{number}-{index}" for index in range(events_each)]
     events = [_event(name, event_id, number) for event_id in ids]
     payload = json.dumps(events if events_each > 1 else events[0]).encode()
-    packet_id = number // DEVICES % PACKET_ID_MAX + 1
+    packet_id = number // devices % PACKET_ID_MAX + 1
     encoded = packet(f"qs/v1/{name}/events", packet_id, payload)
     return Publish(device, encoded, [event_id.encode() for event_id in ids])
 
@@ -85,8 +85,10 @@ def _name(device: int) -> str:
 class Fleet:
     """The connected devices, for as long as a `with` block lasts."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, devices: int = DEVICES) -> None:
         self._port = port
+        self.devices = devices
+        self.cpu_seconds = 0.0  # that the devices themselves took in the latest closed loop
         self._sockets: list[socket.socket] = []
         self._devices: dict[int, int] = {}  # file descriptor to device
         self._poll = select.epoll()
@@ -94,7 +96,7 @@ class Fleet:
         self._tails: list[bytes] = []
 
     def __enter__(self) -> "Fleet":
-        for device in range(DEVICES):
+        for device in range(self.devices):
             name = _name(device)
             sock = connect(self._port, f"benchmark-{name}", [f"qs/v1/{name}/acks"])
             self._sockets.append(sock)
@@ -111,25 +113,34 @@ class Fleet:
     def closed_loop(
         self, packets: Sequence[Publish], outstanding: int, progress: Callable[[int], None]
     ) -> float:
-        """Keep so many packets outstanding until all are ACKed; return the seconds it took."""
+        """Keep so many packets outstanding until all are ACKed; return the seconds it took.
+
+        Of more devices than that, each leaves the next packet to another one.
+        """
         self._begin()
         ready = self._queues(packets)
         expected = _count(packets)
         events_each = len(packets[0].event_ids)
-        heard = [0] * DEVICES
+        heard = [0] * self.devices
         total = 0
+        cpu_before = time.process_time()
         began_at = time.perf_counter()
         for device, queue in enumerate(ready):
-            self._send(device, queue, len(range(device, outstanding, DEVICES)))
+            self._send(device, queue, len(range(device, outstanding, self.devices)))
         while total < expected:
             for device in self._readable():
                 count = self._hear(device)
                 total += count
                 heard[device] += count
                 complete, heard[device] = divmod(heard[device], events_each)
-                self._send(device, ready[device], complete)
+                following = device
+                if outstanding < self.devices:
+                    following += outstanding
+                    following = following if following < self.devices else device % outstanding
+                self._send(following, ready[following], complete)
             progress(total)
         seconds = time.perf_counter() - began_at
+        self.cpu_seconds = time.process_time() - cpu_before
         if missing := self._missing(packets):
             raise FleetError(f"no ACK for {len(missing)} events, such as {min(missing)!r}")
         return seconds
@@ -199,11 +210,11 @@ class Fleet:
         return seconds
 
     def _begin(self) -> None:
-        self._chunks = [[] for _ in range(DEVICES)]
-        self._tails = [b""] * DEVICES
+        self._chunks = [[] for _ in range(self.devices)]
+        self._tails = [b""] * self.devices
 
     def _queues(self, packets: Sequence[Publish]) -> list[list[bytes]]:
-        queues: list[list[bytes]] = [[] for _ in range(DEVICES)]
+        queues: list[list[bytes]] = [[] for _ in range(self.devices)]
         for publish in reversed(packets):  # so that the next one is the last
             queues[publish.device].append(publish.packet)
         return queues

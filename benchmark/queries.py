@@ -31,12 +31,15 @@ CHUNK_ROWS = 500_000
 _DOCUMENTED_QUERY = re.compile(r'(?m)^docker compose exec postgres psql .* -c "(SELECT .+)"$')
 
 
-def load_up_to(postgres: Postgres, rows: int) -> None:
-    """Fill the table until it holds so many rows of ours, as it would be after a while."""
+def load_up_to(postgres: Postgres, rows: int, rows_max: int = ROWS_MAX) -> None:
+    """Fill the table until it holds so many rows of ours, as it would be after a while.
+
+    `rows_max` is how many a year has.
+    """
     begin = int(postgres.psql("SELECT count(*) FROM events WHERE event_id LIKE 'load-%'"))
     while begin < rows:
         end = min(begin + CHUNK_ROWS, rows)
-        postgres.psql(LOAD.format(rows_max=ROWS_MAX, begin=begin, end=end))
+        postgres.psql(LOAD.format(rows_max=rows_max, begin=begin, end=end))
         begin = end
     postgres.psql("VACUUM ANALYZE events")
     postgres.psql("CHECKPOINT")

@@ -87,6 +87,44 @@ def against(name: str, results: dict[str, Any]) -> tuple[str, bool]:
     return "\n\n".join(parts) + "\n", is_within
 
 
+def growth(name: str, machine: dict[str, str], parts: dict[str, Results]) -> str:
+    """Return the growth as Markdown: for each part a plot, and a table with a row for each size."""
+    figures: dict[str, Sequence[str]] = {
+        "events/s": ("events_per_second",),
+        "CPU us: ingester": ("cpu_microseconds", "system"),
+        "broker": ("cpu_microseconds", "broker"),
+        "database": ("cpu_microseconds", "database"),
+        "the devices": ("cpu_microseconds", "devices"),
+        "p50 at 200/s, ms": ("p50_ms",),
+        "p99, ms": ("p99_ms",),
+        "events a commit": ("events_per_commit",),
+        "WAL bytes an event": ("wal_bytes",),
+        "MB: ingester": ("memory_mb", "ingester"),
+        "MB: broker": ("memory_mb", "broker"),
+    }
+    texts = [
+        f"# Benchmark of {name}",
+        "Medians of the rounds. What the figures mean: ../README.md.",
+        _table(["", ""], list(machine.items())),
+    ]
+    for part, results in parts.items():
+        first = next(iter(results.values()))[0]
+        shown = {label: path for label, path in figures.items() if path[0] in first}
+        rows = [
+            [
+                f"{int(size):,}",
+                *(_figure(median(results, size, path=path)) for path in shown.values()),
+            ]
+            for size in results
+        ]
+        texts += [f"## {part}", f"![{part}]({name}-{part}.png)", _table([part, *shown], rows)]
+    return "\n\n".join(texts) + "\n"
+
+
+def _figure(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.2f}"
+
+
 def page(page_ms: dict[str, float]) -> str:
     """Return the table of the page's addresses."""
     return _table(["page", "ms"], [[what, f"{ms:.0f}"] for what, ms in page_ms.items()])

@@ -4,6 +4,7 @@
     .venv/bin/python -m benchmark.run --short      a minute: what CI runs
     .venv/bin/python -m benchmark.run --page       the page of charts alone, with 10 million rows
     .venv/bin/python -m benchmark.run --bridge     the bridge alone, with the stack behind it
+    .venv/bin/python -m benchmark.run --growth     what an event costs with more of everything
     .venv/bin/python -m benchmark.run --against FOLDER
                                                    the ingester beside that of another checkout
 
@@ -16,28 +17,31 @@ benchmark/README.md says what the figures mean, and what they do not.
 """
 
 import argparse
-import itertools
 import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from benchmark import bridge, node_red, page, profile, queries, report
+from benchmark import bridge, growth, node_red, page, profile, queries, report
+from benchmark.bench import (
+    ARRAY_EVENTS,
+    ARRAYS_OUTSTANDING,
+    RESULTS,
+    SINGLES_OUTSTANDING,
+    Bench,
+    BenchmarkError,
+    Size,
+    progress,
+)
 from benchmark.fleet import Fleet, FleetError, publishes
-from benchmark.machine import CpuClock, describe, memory_peak_mb
+from benchmark.machine import describe, memory_peak_mb
 from tools.process import CHECKOUT, Process, StackError
 from tools.stack import Ingester, Stack
 
-RESULTS = Path(__file__).resolve().parent / "results"
-SINGLES_OUTSTANDING = 900
-ARRAY_EVENTS = 50
-# Arrays outstanding: more than one batch holds (ingest.EVENTS_MAX), as 900 singles are.
-ARRAYS_OUTSTANDING = 200
 BACKLOG_EVENTS = 100_000
 ROWS_BEFORE = (0, 1_000_000, 10_000_000)
 # Lines for the broker's configuration, and variables for the ingester.
@@ -53,15 +57,6 @@ SETTINGS: dict[str, tuple[str, dict[str, str]]] = {
 }
 # What CI asks for: a slow or busy machine slows both.
 SHORT_RATIO_MIN = 3.0
-
-
-class Size(NamedTuple):
-    """How much is measured. Seconds of latency are those at each rate."""
-
-    rounds: int
-    singles: dict[str, int]
-    arrays: dict[str, int]
-    latency_seconds: dict[int, float]  # by events per second
 
 
 FULL = Size(
@@ -94,13 +89,6 @@ AGAINST = Size(
 )
 
 
-_run = itertools.count()  # no event id is used twice in a table
-
-
-class BenchmarkError(Exception):
-    """What was measured does not count: events are missing, or there are too many."""
-
-
 def ingester(stack: Stack) -> Process:
     """Return the ingester, ready."""
     stack.ingester.start()
@@ -123,90 +111,6 @@ def red(stack: Stack) -> Process:
     process.start()
     process.wait_ready()
     return process
-
-
-class Bench:
-    """A running system with its devices, and the measurements on it."""
-
-    def __init__(self, name: str, stack: Stack, process: Process, fleet: Fleet) -> None:
-        self._name = name
-        self._stack = stack
-        self._process = process
-        self._fleet = fleet
-        self._rows = self._count_rows()
-
-    def closed_loop(self, what: str, count: int, events_each: int, outstanding: int) -> Any:
-        """Measure the rate of events that are stored and ACKed, and what each costs."""
-        packets = publishes(f"run-{next(_run)}", count, events_each)
-        events = count * events_each
-        clock = CpuClock(
-            system=self._process, broker=self._stack.mosquitto, database=self._stack.postgres
-        )
-        with progress(f"{self._name}: {what}", events) as show:
-            seconds = self._fleet.closed_loop(packets, outstanding, show)
-        cpu = clock.microseconds_each(events)
-        self._expect_rows(events)
-        return {"events_per_second": events / seconds, "cpu_microseconds": cpu}
-
-    def latency(self, per_second: int, seconds: float) -> dict[str, float]:
-        """Measure the time from when an event is due to its ACK."""
-        packets = publishes(f"run-{next(_run)}", round(per_second * seconds))
-        with progress(f"{self._name}: latency at {per_second:,}/s", len(packets)) as show:
-            latencies = sorted(self._fleet.open_loop(packets, per_second, show))
-        self._expect_rows(len(packets))
-        return {
-            "p50_ms": _percentile(latencies, 50) * 1e3,
-            "p99_ms": _percentile(latencies, 99) * 1e3,
-            "max_ms": latencies[-1] * 1e3,
-        }
-
-    def all(self, size: Size) -> dict[str, Any]:
-        """Measure everything, the cold start left out."""
-        self.closed_loop("warming up", 5_000, 1, SINGLES_OUTSTANDING)
-        # First, while each system has stored the same: the disk is at work on what a closed
-        # loop has written for a while longer, and the faster one has written more.
-        latency = {
-            str(per_second): self.latency(per_second, seconds)
-            for per_second, seconds in size.latency_seconds.items()
-        }
-        name = self._name.split()[0]
-        singles = self.closed_loop("singles", size.singles[name], 1, SINGLES_OUTSTANDING)
-        arrays = self.closed_loop("arrays", size.arrays[name], ARRAY_EVENTS, ARRAYS_OUTSTANDING)
-        memory = memory_peak_mb(self._process)
-        return {"singles": singles, "arrays": arrays, "latency": latency, "memory_mb": memory}
-
-    def _count_rows(self) -> int:
-        return int(self._stack.postgres.psql("SELECT count(*) FROM events"))
-
-    def _expect_rows(self, events: int) -> None:
-        before, self._rows = self._rows, self._count_rows()
-        if self._rows - before != events:
-            raise BenchmarkError(
-                f"{self._name}: {events} events were ACKed, {self._rows - before} are rows"
-            )
-
-
-def _percentile(ordered: list[float], percent: int) -> float:
-    """The smallest of the values that is not less than so many percent of them."""
-    return ordered[max(0, -(-len(ordered) * percent // 100) - 1)]
-
-
-@contextmanager
-def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Show on stderr how far it is: a terminal sees it move, a file gets one line."""
-    began_at = shown_at = time.monotonic()
-    moves = sys.stderr.isatty()
-
-    def show(done: int) -> None:
-        nonlocal shown_at
-        if moves and time.monotonic() - shown_at > 0.2:
-            shown_at = time.monotonic()
-            print(f"\r{what}: {done:,} of {total:,} ", end="", file=sys.stderr, flush=True)
-
-    yield show
-    seconds = time.monotonic() - began_at
-    begin = "\r" if moves else ""
-    print(f"{begin}{what}: {total:,} in {seconds:.1f} s", file=sys.stderr, flush=True)
 
 
 def compare(
@@ -326,6 +230,9 @@ def main() -> int:
     parser.add_argument("--short", action="store_true", help="what CI runs; keeps no results")
     parser.add_argument("--page", action="store_true", help="the page alone; keeps no results")
     parser.add_argument("--bridge", action="store_true", help="the bridge; keeps no results")
+    parser.add_argument(
+        "--growth", nargs="*", choices=growth.PARTS, metavar="PART", help=" ".join(growth.PARTS)
+    )
     parser.add_argument("--name", help="of the files in benchmark/results (default: the date)")
     parser.add_argument(
         "--against", type=_checkout, metavar="FOLDER", help="another checkout, to compare with"
@@ -343,6 +250,9 @@ def main() -> int:
             return page_alone()
         if arguments.bridge:
             print(report.bridge(bridge.measure(progress)))
+            return 0
+        if arguments.growth is not None:
+            growth.run(f"{name}-growth", arguments.growth)
             return 0
         if arguments.against:
             size = AGAINST._replace(rounds=arguments.rounds)

@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 
 from benchmark import bridge, page, report
+from benchmark.bench import progress
 from benchmark.fleet import Fleet, FleetError, publishes
 from benchmark.report import against, median
-from benchmark.run import progress
 from tests.support.pipeline import Pipeline
 from tools.process import CHECKOUT
 from tools.stack import Stack
