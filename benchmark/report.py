@@ -121,6 +121,16 @@ def growth(name: str, machine: dict[str, str], parts: dict[str, Results]) -> str
     return "\n\n".join(texts) + "\n"
 
 
+def small(results: Results) -> str:
+    """Return the table of the small machine."""
+    sums = results["small"][0]["memory_sum_mb"]
+    memory = [
+        [f"memory, MB: {what}", f"{median(results, 'small', path=('memory_sum_mb', what)):.0f}"]
+        for what in sums
+    ]
+    return f"{comparison(results)}\n{_rows(memory)}"
+
+
 def _figure(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.2f}"
 
@@ -202,5 +212,8 @@ def _ratios(systems: Results) -> str:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---", *["--:"] * (len(head) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return _rows([head, ["---", *["--:"] * (len(head) - 1)], *rows])
+
+
+def _rows(rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
