@@ -121,6 +121,18 @@ def growth(name: str, machine: dict[str, str], parts: dict[str, Results]) -> str
     return "\n\n".join(texts) + "\n"
 
 
+def costs(results: dict[str, Any]) -> str:
+    """Return the table of where each microsecond goes, a column for each load."""
+    rows = []
+    for program in next(iter(results.values())):
+        columns = [stages[program] for stages in results.values()]
+        sums = [f"**{sum(column.values()):.1f}**" for column in columns]
+        rows.append([f"**{program}**", *sums])
+        for stage in dict.fromkeys(stage for column in columns for stage in column):
+            rows.append([stage, *(f"{column.get(stage, 0.0):.1f}" for column in columns)])
+    return _table(["CPU us an event", *results], rows)
+
+
 def small(results: Results) -> str:
     """Return the table of the small machine."""
     sums = results["small"][0]["memory_sum_mb"]

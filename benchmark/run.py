@@ -5,6 +5,7 @@
     .venv/bin/python -m benchmark.run --page       the page of charts alone, with 10 million rows
     .venv/bin/python -m benchmark.run --bridge     the bridge alone, with the stack behind it
     .venv/bin/python -m benchmark.run --small      the ingester with broker and database on one core
+    .venv/bin/python -m benchmark.run --profile    where each microsecond of an event goes
     .venv/bin/python -m benchmark.run --growth     what an event costs with more of everything
     .venv/bin/python -m benchmark.run --against FOLDER
                                                    the ingester beside that of another checkout
@@ -27,7 +28,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmark import bridge, growth, node_red, page, profile, queries, report, small
+from benchmark import bridge, costs, growth, node_red, page, profile, queries, report, small
 from benchmark.bench import (
     ARRAY_EVENTS,
     ARRAYS_OUTSTANDING,
@@ -231,6 +232,7 @@ def main() -> int:
     parser.add_argument("--short", action="store_true", help="what CI runs; keeps no results")
     parser.add_argument("--page", action="store_true", help="the page alone; keeps no results")
     parser.add_argument("--bridge", action="store_true", help="the bridge; keeps no results")
+    parser.add_argument("--profile", action="store_true", help="where each microsecond goes")
     parser.add_argument("--small", action="store_true", help="on one core, with 1 GB")
     parser.add_argument(
         "--growth", nargs="*", choices=growth.PARTS, metavar="PART", help=" ".join(growth.PARTS)
@@ -252,6 +254,9 @@ def main() -> int:
             return page_alone()
         if arguments.bridge:
             print(report.bridge(bridge.measure(progress)))
+            return 0
+        if arguments.profile:
+            print(report.costs(costs.measure()))
             return 0
         if arguments.small:
             print(report.small(small.measure()))
