@@ -191,23 +191,38 @@ class Fleet:
                 received += len(self._receive(device))
 
     def hear_all(self, packets: Sequence[Publish], progress: Callable[[int], None]) -> float:
-        """Hear an ACK for each; return the seconds from the first to the last.
+        """Hear an ACK for each; return the seconds until the last.
 
         Some may come twice: after a reconnect MQTT sends again what was not PUBACKed.
         """
         self._begin()
         expected = _count(packets)
         total = 0
-        began_at = seconds = 0.0
+        began_at = time.perf_counter()
+        seconds = 0.0
         while total < expected:
             for device in self._readable():
                 total += self._hear(device)
-            began_at = began_at or time.perf_counter()
             seconds = time.perf_counter() - began_at
             progress(total)
             if total >= expected:
                 expected = total + len(self._missing(packets))
         return seconds
+
+    def hear_for(self, seconds: float) -> None:
+        """Take in what comes meanwhile, if anything does."""
+        deadline = time.monotonic() + seconds
+        while (left := deadline - time.monotonic()) > 0:
+            for device in self._readable(left, or_raise=False):
+                self._hear(device)
+
+    def stored(self) -> set[bytes]:
+        """Return the ids in the `stored` ACKs heard since the last events were sent."""
+        return {key for chunks in self._chunks for key in _ACK.findall(b"".join(chunks))}
+
+    @property
+    def heard_bytes(self) -> int:
+        return sum(len(chunk) for chunks in self._chunks for chunk in chunks)
 
     def _begin(self) -> None:
         self._chunks = [[] for _ in range(self.devices)]
@@ -248,8 +263,7 @@ class Fleet:
 
     def _missing(self, packets: Sequence[Publish]) -> set[bytes]:
         """Return the ids that were sent and not heard of."""
-        heard = {key for chunks in self._chunks for key in _ACK.findall(b"".join(chunks))}
-        return {key for publish in packets for key in publish.event_ids} - heard
+        return {key for publish in packets for key in publish.event_ids} - self.stored()
 
 
 def _count(packets: Sequence[Publish]) -> int:

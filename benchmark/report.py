@@ -167,6 +167,48 @@ def bridge(results: Results) -> str:
     return _table(["", *results], rows)
 
 
+def backlog(drain: Results) -> str:
+    """Return the table of what each does with a backlog."""
+
+    def row(label: str, *path: str, digits: int = 0) -> list[str]:
+        return [label, *(f"{median(drain, name, path=path):,.{digits}f}" for name in drain)]
+
+    rows = [row("events/s until all are rows", "events_per_second")]
+    rows += [
+        row(f"CPU us per event, {part}", "cpu_microseconds", part, digits=1)
+        for part in ("system", "broker", "database")
+    ]
+    rows.append(row("memory at most, MB", "memory_mb"))
+    return _table(["", *drain], rows)
+
+
+def peers(name: str, results: dict[str, Any]) -> str:
+    """Return the systems side by side as Markdown."""
+    parts = [
+        f"# Benchmark of {name}",
+        "Medians of the rounds. What the figures mean, and what they do not: ../README.md.",
+        _table(["", ""], list(results["machine"].items())),
+        "## Side by side",
+        comparison(results["systems"]),
+        _ratios(results["systems"]),
+        "## A backlog of 100,000 events",
+        backlog(results["drain"]),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def promise(results: dict[str, dict[str, Any]]) -> str:
+    """Return the table of what each fault did to each system's events."""
+    keys = ("events", "lost", "doubled", "false_acks", "unanswered", "starts")
+    rows = [
+        [name, fault, *("no ACKs" if counts[key] is None else f"{counts[key]:,}" for key in keys)]
+        for name, faults in results.items()
+        for fault, counts in faults.items()
+    ]
+    head = ["", "fault", "events", "lost", "doubled", "ACKed, no row", "a row, no ACK"]
+    return _table([*head, "had to be started again"], rows)
+
+
 def render(name: str, results: dict[str, Any]) -> str:
     """Return everything as Markdown."""
     systems, rows = results["systems"], results["rows"]
@@ -174,7 +216,6 @@ def render(name: str, results: dict[str, Any]) -> str:
     at_rows = {
         f"{int(count):,} rows": measured for count, measured in rows.items() if count.isdecimal()
     }
-    drain = {"drain": results["drain"]}
     parts = [
         f"# Benchmark of {name}",
         "Medians of the rounds. What the figures mean, and what they do not: ../README.md.",
@@ -188,17 +229,7 @@ def render(name: str, results: dict[str, Any]) -> str:
         "## Other settings",
         comparison(results["settings"]),
         "## A backlog of 100,000 events",
-        _table(
-            ["", ""],
-            [
-                [label, f"{median(drain, 'drain', path=[key]):,.{digits}f}"]
-                for label, key, digits in (
-                    ("events/s, from the first ACK to the last", "events_per_second", 0),
-                    ("seconds, the ingester's start included", "seconds_from_start", 1),
-                    ("memory of the ingester at most, MB", "memory_mb", 0),
-                )
-            ],
-        ),
+        backlog(results["drain"]),
         "## The documented queries, with the most rows",
         _table(["query", "ms"], [[f"`{sql}`", f"{ms:.0f}"] for sql, ms in queries.items()]),
         "## The page of charts, with the most rows",

@@ -1,4 +1,4 @@
-"""The benchmark: the ingester beside the plain script and Node-RED, on one machine in one run.
+"""The benchmark: the ingester beside what one would use instead, on one machine in one run.
 
     .venv/bin/python -m benchmark.run              everything, about 20 minutes
     .venv/bin/python -m benchmark.run --short      a minute: what CI runs
@@ -7,6 +7,8 @@
     .venv/bin/python -m benchmark.run --small      the ingester with broker and database on one core
     .venv/bin/python -m benchmark.run --profile    where each microsecond of an event goes
     .venv/bin/python -m benchmark.run --growth     what an event costs with more of everything
+    .venv/bin/python -m benchmark.run --peers      all systems: rates, backlog, latency, CPU
+    .venv/bin/python -m benchmark.run --promise    all systems: what is lost when one is killed
     .venv/bin/python -m benchmark.run --against FOLDER
                                                    the ingester beside that of another checkout
 
@@ -24,11 +26,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmark import bridge, costs, growth, node_red, page, profile, queries, report, small
+import psycopg2
+
+from benchmark import bridge, costs, growth, page, profile, promise, queries, report, small
 from benchmark.bench import (
     ARRAY_EVENTS,
     ARRAYS_OUTSTANDING,
@@ -40,11 +45,13 @@ from benchmark.bench import (
     progress,
 )
 from benchmark.fleet import Fleet, FleetError, publishes
-from benchmark.machine import describe, memory_peak_mb
-from tools.process import CHECKOUT, Process, StackError
-from tools.stack import Ingester, Stack
+from benchmark.machine import CpuClock, describe, memory_peak_mb
+from benchmark.systems import LOG_SUBSCRIPTIONS, Start, System, all_here, ingester, plain
+from tools.process import CHECKOUT, StackError
+from tools.stack import Stack
 
 BACKLOG_EVENTS = 100_000
+BACKLOG_SECONDS_MAX = 120.0
 ROWS_BEFORE = (0, 1_000_000, 10_000_000)
 # Lines for the broker's configuration, and variables for the ingester.
 SETTINGS: dict[str, tuple[str, dict[str, str]]] = {
@@ -63,8 +70,8 @@ SHORT_RATIO_MIN = 3.0
 
 FULL = Size(
     rounds=3,
-    singles={"ingester": 60_000, "plain": 10_000, "node-red": 20_000},
-    arrays={"ingester": 4_000, "plain": 300, "node-red": 1_200},
+    singles={"ingester": 60_000, "plain": 10_000, "node-red": 20_000, "bento": 40_000},
+    arrays={"ingester": 4_000, "plain": 300, "node-red": 1_200, "bento": 2_000},
     latency_seconds={1: 30, 200: 15, 1_000: 8},
 )
 # With rows in the table, and with other settings: of the ingester alone.
@@ -91,32 +98,8 @@ AGAINST = Size(
 )
 
 
-def ingester(stack: Stack) -> Process:
-    """Return the ingester, ready."""
-    stack.ingester.start()
-    stack.ingester.wait_ready()
-    return stack.ingester
-
-
-def plain(stack: Stack) -> Process:
-    """Return the plain script, ready."""
-    log_file, arguments = stack.folder / "plain.log", ("-m", "benchmark.plain")
-    process = Ingester(stack.environment, log_file, arguments=arguments)
-    process.start()
-    process.wait_for_log("ready")
-    return process
-
-
-def red(stack: Stack) -> Process:
-    """Return Node-RED with its flow, ready."""
-    process = node_red.NodeRed(stack.environment, stack.folder / "node-red")
-    process.start()
-    process.wait_ready()
-    return process
-
-
 def compare(
-    systems: dict[str, Callable[[Stack], Process]],
+    systems: dict[str, Start],
     size: Size,
     checkouts: Mapping[str, Path] | None = None,
 ) -> dict[str, list[Any]]:
@@ -129,7 +112,9 @@ def compare(
     for number in range(1, size.rounds + 1):
         for name in list(systems)[:: 1 if number % 2 else -1]:
             checkout = (checkouts or {}).get(name, CHECKOUT)
-            with Stack(checkout=checkout, with_ingester=False) as stack:
+            with Stack(
+                checkout=checkout, with_ingester=False, mosquitto_config=LOG_SUBSCRIPTIONS
+            ) as stack:
                 process = systems[name](stack)
                 try:
                     with Fleet(stack.ports.mqtt) as fleet:
@@ -140,29 +125,75 @@ def compare(
     return results
 
 
-def drain(rounds: int) -> list[Any]:
-    """Measure how fast what was queued while the ingester was away is stored and ACKed."""
-    results = []
+def drain(systems: dict[str, System], rounds: int) -> dict[str, list[Any]]:
+    """Measure how fast each stores, and ACKs, what was queued while it was away."""
+    results: dict[str, list[Any]] = {name: [] for name in systems}
     for number in range(1, rounds + 1):
-        with Stack() as stack, Fleet(stack.ports.mqtt) as fleet:
-            stack.ingester.stop()
-            packets = publishes("backlog", BACKLOG_EVENTS)
-            fleet.publish_all(packets)
-            began_at = time.perf_counter()
-            stack.ingester.start()
-            what = f"ingester {number}/{rounds}: draining a backlog"
-            with progress(what, BACKLOG_EVENTS) as show:
-                seconds = fleet.hear_all(packets, show)
-            if (rows := stack.postgres.psql("SELECT count(*) FROM events")) != str(BACKLOG_EVENTS):
-                raise BenchmarkError(f"{BACKLOG_EVENTS} events were ACKed, {rows} are rows")
-            results.append(
-                {
-                    "events_per_second": BACKLOG_EVENTS / seconds,
-                    "seconds_from_start": time.perf_counter() - began_at,
-                    "memory_mb": memory_peak_mb(stack.ingester),
-                }
-            )
+        for name in list(systems)[:: 1 if number % 2 else -1]:
+            with (
+                Stack(with_ingester=False, mosquitto_config=LOG_SUBSCRIPTIONS) as stack,
+                Fleet(stack.ports.mqtt) as fleet,
+                progress(f"{name} {number}/{rounds}: a backlog", BACKLOG_EVENTS) as show,
+            ):
+                results[name].append(_drain_once(name, systems[name], stack, fleet, show))
     return results
+
+
+def _drain_once(
+    name: str, system: System, stack: Stack, fleet: Fleet, show: Callable[[int], None]
+) -> dict[str, Any]:
+    process = system.start(stack)  # it makes its session
+    try:
+        process.stop()
+        packets = publishes("backlog", BACKLOG_EVENTS)
+        fleet.publish_all(packets)
+        clock_began = CpuClock(broker=stack.mosquitto, database=stack.postgres)
+        after = stack.mosquitto.log_end
+        process.start()
+        clock = CpuClock(system=process)
+        # Not from the start: how long a program takes to load is another question.
+        stack.mosquitto.wait_for_log(f" as homelab-{name} (", after=after)
+        began_at = time.perf_counter()
+        if system.answers:
+            seconds = fleet.hear_all(packets, show)
+        else:
+            _wait_for_rows(stack, system.table, show)
+            seconds = time.perf_counter() - began_at
+        cpu = clock.microseconds_each(BACKLOG_EVENTS)
+        cpu |= clock_began.microseconds_each(BACKLOG_EVENTS)
+        memory = memory_peak_mb(process)
+    finally:
+        process.stop()
+    rows = stack.postgres.psql(f"SELECT count(*) FROM {system.table}")
+    if rows != str(BACKLOG_EVENTS):
+        raise BenchmarkError(f"{name}: {BACKLOG_EVENTS} events were queued, {rows} are rows")
+    return {
+        "events_per_second": BACKLOG_EVENTS / seconds,
+        "cpu_microseconds": cpu,
+        "memory_mb": memory,
+    }
+
+
+def _wait_for_rows(stack: Stack, table: str, show: Callable[[int], None]) -> None:
+    """Wait until all of the backlog are rows, with a look ten times a second.
+
+    The way for a system that answers nobody. One look takes 10 ms at most.
+    """
+    conninfo: dict[str, Any] = stack.postgres.conninfo()
+    connection = psycopg2.connect(**conninfo)
+    connection.autocommit = True
+    with closing(connection), connection.cursor() as cursor:
+        rows = 0
+        deadline = time.monotonic() + BACKLOG_SECONDS_MAX
+        while rows < BACKLOG_EVENTS:
+            if time.monotonic() > deadline:
+                raise BenchmarkError(f"{table} has {rows} rows after {BACKLOG_SECONDS_MAX:.0f} s")
+            time.sleep(0.1)
+            cursor.execute("SELECT to_regclass(%s) IS NOT NULL", (table,))
+            if cursor.fetchone()[0]:
+                cursor.execute(f"SELECT count(*) FROM {table}")
+                rows = cursor.fetchone()[0]
+                show(rows)
 
 
 def with_rows(size: Size) -> dict[str, Any]:
@@ -237,19 +268,23 @@ def main() -> int:
     parser.add_argument(
         "--growth", nargs="*", choices=growth.PARTS, metavar="PART", help=" ".join(growth.PARTS)
     )
+    parser.add_argument("--peers", action="store_true", help="the systems side by side alone")
+    parser.add_argument("--promise", action="store_true", help="what faults lose; keeps no results")
     parser.add_argument("--name", help="of the files in benchmark/results (default: the date)")
     parser.add_argument(
         "--against", type=_checkout, metavar="FOLDER", help="another checkout, to compare with"
     )
     parser.add_argument(
-        "--rounds", type=int, default=AGAINST.rounds, help="of --against (default: %(default)s)"
+        "--rounds",
+        type=int,
+        default=AGAINST.rounds,
+        help="of --against and --peers (default: %(default)s)",
     )
     arguments = parser.parse_args()
     name = arguments.name or time.strftime("%Y-%m-%d", time.gmtime())
-    systems: dict[str, Callable[[Stack], Process]] = {"ingester": ingester, "plain": plain}
     try:
         if arguments.short:
-            return short(systems)
+            return short({"ingester": ingester, "plain": plain})
         if arguments.page:
             return page_alone()
         if arguments.bridge:
@@ -267,21 +302,44 @@ def main() -> int:
         if arguments.against:
             size = AGAINST._replace(rounds=arguments.rounds)
             return against(arguments.against, size, f"{name}-against")
-        if node_red.available():
-            node_red.install()
-            systems["node-red"] = red
-        return full(systems, name)
+        if arguments.promise:
+            print(report.promise(promise.measure(all_here(), progress)))
+            return 0
+        if arguments.peers:
+            return peers(all_here(), arguments.rounds, f"{name}-peers")
+        return full(all_here(), name)
     except (StackError, BenchmarkError, FleetError, bridge.Missing) as error:
         print(f"benchmark: {error}", file=sys.stderr)
         return 1
 
 
-def full(systems: dict[str, Callable[[Stack], Process]], name: str) -> int:
+def _answering(systems: dict[str, System]) -> dict[str, Start]:
+    """Return those whose closed loop closes."""
+    return {name: system.start for name, system in systems.items() if system.answers}
+
+
+def peers(systems: dict[str, System], rounds: int, name: str) -> int:
+    """Measure all systems side by side, and nothing else."""
+    size = FULL._replace(rounds=rounds)
+    results = {
+        "machine": describe(),
+        "systems": compare(_answering(systems), size),
+        "drain": drain(systems, rounds),
+    }
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
+    text = report.peers(name, results)
+    (RESULTS / f"{name}.md").write_text(text)
+    print(text)
+    return 0
+
+
+def full(systems: dict[str, System], name: str) -> int:
     """Measure everything; keep after each part what there is."""
     parts: dict[str, Callable[[], Any]] = {
         "machine": describe,
-        "systems": partial(compare, systems, FULL),
-        "drain": partial(drain, FULL.rounds),
+        "systems": partial(compare, _answering(systems), FULL),
+        "drain": partial(drain, systems, FULL.rounds),
         "rows": partial(with_rows, ROWS),
         "settings": partial(other_settings, OTHER),
         "profile": profiles,
@@ -334,7 +392,7 @@ def profiles() -> dict[str, Any]:
     }
 
 
-def short(systems: dict[str, Callable[[Stack], Process]]) -> int:
+def short(systems: dict[str, Start]) -> int:
     """Compare briefly; fail only if not all was stored, or the ratio is far off."""
     results = compare(systems, SHORT)
     print(report.comparison(results))
