@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from benchmark import bridge, page, report
+from benchmark import bridge, node_red, page, promise, report, run, systems
 from benchmark.bench import progress
 from benchmark.fleet import Fleet, FleetError, publishes
 from benchmark.report import against, median
@@ -92,6 +92,40 @@ def test_the_bridge_is_measured_with_all_stored(monkeypatch: pytest.MonkeyPatch)
     results = bridge.measure(progress)
     assert results.keys() == bridge.READINGS.keys()
     assert "| messages/s stored and ACKed |" in report.bridge(results)
+
+
+@pytest.mark.faults  # takes half a minute
+def test_what_a_fault_loses_is_counted_at_the_sender(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"EVENTS_OTHERS": 20_000, "AWAY_SECONDS": 0.5, "QUIET_SECONDS": 2.0}.items():
+        monkeypatch.setattr(promise, name, value)
+    results = promise.measure({"ingester": systems.System(systems.ingester)}, progress)
+    for fault, counts in results["ingester"].items():
+        assert counts == {
+            "events": 20_000,
+            "lost": 0,
+            "doubled": 0,
+            "false_acks": 0,
+            "unanswered": 0,
+            "starts": 0,
+        }, fault
+    assert "| ingester | itself killed | 20,000 | 0 |" in report.promise(results)
+
+
+def test_a_backlog_is_measured_with_all_stored(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "BACKLOG_EVENTS", 2_000)
+    results = run.drain({"ingester": systems.System(systems.ingester)}, 1)
+    assert "| events/s until all are rows |" in report.backlog(results)
+
+
+def test_a_system_that_is_not_here_is_left_out_and_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(node_red, "available", lambda: False)
+    for name in systems.CONFIGURATIONS:
+        monkeypatch.setenv(name.upper(), "/nowhere")
+    assert list(systems.all_here()) == ["ingester", "plain"]
+    said = capsys.readouterr().err
+    assert all(f"{name} is left out: " in said for name in ("node-red", "telegraf", "bento"))
 
 
 def test_a_median_is_taken_over_the_rounds() -> None:
