@@ -1,6 +1,6 @@
 """One device's garbage, and what it costs the others: neither memory nor time.
 
-What it does: lets one device send 200 messages of the most expensive kinds of garbage, all of
+What it does: lets one device send 100 messages of the most expensive kinds of garbage, all of
 them queued in front of another device's one good event, and measures how long that event waits
 for its ACK and how much memory the ingester takes. What it does not: check what each kind is
 refused as (tests/test_event.py).
@@ -23,11 +23,12 @@ from tests.support.load import check_own_reconnects, devices, peak_megabytes
 from tests.support.pipeline import Pipeline
 
 Report = Callable[[Finding], None]
-MESSAGES = 200
-MEGABYTES_MAX = 120
+MESSAGES = 100
+# At most 73 were measured. What is kept until the last is answered adds 0.25 and more a message.
+MEGABYTES_MAX = 95
 # The other's wait in units of what it takes here to decode 20 messages of 1,000 valid events, just
-# before and behind it: a machine may be slow. Where that was 0.06 s, garbage took up to 3.7 s.
-RATIO_MAX = 100
+# before and behind it: a machine may be slow. Where that was 0.06 s, 200 took up to 3.7 s.
+RATIO_MAX = 50
 # A machine that is busy with something else is no fault of ours; twice in a row it rarely is.
 TRIES = 2
 ARRAY_BYTES = 250_000
@@ -36,7 +37,7 @@ NUMBERS = 40_000
 DEVICE_ID = "device-0"
 
 everything = pytest.mark.faults
-pytestmark = pytest.mark.alone
+alone = pytest.mark.alone
 
 
 @pytest.fixture
@@ -219,7 +220,7 @@ class Wait(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """What 200 messages cost: the other's wait at each try, and the peak of the memory."""
+    """What 100 messages cost: the other's wait at each try, and the peak of the memory."""
 
     tries: list[Wait]
     megabytes: float
@@ -239,7 +240,7 @@ def cost_of(
     payload: Callable[[int], bytes],
     answers_each: int = 1,
 ) -> Cost:
-    """Send 200 messages, again if they took too long; wait until each has its answers."""
+    """Send 100 messages, again if they took too long; wait until each has its answers."""
     flooding, other = publishers
     tries: list[Wait] = []
     heard, heard_acks = answers(flooding), len(flooding.acks)
@@ -259,6 +260,7 @@ def cost_of(
     return Cost(tries, peak_megabytes(pipeline.ingester))
 
 
+@alone
 @pytest.mark.parametrize(("kind", "variety"), cases())
 def test_garbage_in_front_of_another_device_costs_it_neither_memory_nor_time(
     steady: Pipeline, report: Report, kind: str, variety: str
@@ -266,7 +268,7 @@ def test_garbage_in_front_of_another_device_costs_it_neither_memory_nor_time(
     garbage = GARBAGE[kind]
     is_distinct = variety == "distinct"
     payload = garbage.payload if is_distinct else lambda _: garbage.payload(0)
-    with devices(steady, 2) as publishers:
+    with devices(steady, 2, hear_dead_letters=False) as publishers:
         cost = cost_of(steady, publishers, payload, garbage.answers)
         flooding, _ = publishers
         note = f"{MESSAGES} of {len(payload(0)):,} bytes, {variety}; {cost}"
@@ -303,13 +305,14 @@ def big_numbers(value: int, number: int) -> bytes:
     return fields(f"{DEVICE_ID}-{number}", f'"value":{value},{meta}').encode()
 
 
+@alone
 @pytest.mark.parametrize("status", ["stored", pytest.param("rejected", marks=everything)])
 def test_duplicates_that_are_large_to_fetch_cost_the_others_neither_memory_nor_time(
     steady: Pipeline, report: Report, status: str
 ) -> None:
     """Of one event, which is what a device sends that hears no answer."""
     value = 1 if status == "stored" else 2
-    with devices(steady, 2) as publishers:
+    with devices(steady, 2, hear_dead_letters=False) as publishers:
         flooding, _ = publishers
         item = event(0, DEVICE_ID, value=1)
         flooding.sent[item["event_id"]] = item

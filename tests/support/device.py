@@ -45,7 +45,13 @@ class Device:
     """A connected MQTT client that hears all ACKs and dead letters."""
 
     def __init__(
-        self, port: int, device_id: str = "device-1", *, root: str = "qs/v1", hears: str = "+"
+        self,
+        port: int,
+        device_id: str = "device-1",
+        *,
+        root: str = "qs/v1",
+        hears: str = "+",
+        hears_dead_letters: bool = True,
     ) -> None:
         """`hears` is whose ACKs: each device's, or those of one id (for when there are many)."""
         self.device_id = device_id
@@ -56,7 +62,9 @@ class Device:
         self.sent: dict[str, dict[str, Any]] = {}
         self.heard_at: dict[str, float] = {}  # when each was first heard to be stored
         self._port = port
-        self._topics = [f"{root}/{hears}/acks", f"{root}/deadletter"]
+        self._topics = [f"{root}/{hears}/acks"]
+        if hears_dead_letters:
+            self._topics.append(f"{root}/deadletter")
         self._changed = threading.Condition()  # guards all of the following, too
         self._connected = False
         self._leaving = False

@@ -23,12 +23,17 @@ TURN_SECONDS = 0.01
 
 
 @contextmanager
-def devices(pipeline: Pipeline, number: int, port: int | None = None) -> Iterator[list[Device]]:
+def devices(
+    pipeline: Pipeline, number: int, port: int | None = None, *, hear_dead_letters: bool = True
+) -> Iterator[list[Device]]:
     """Connect so many devices, each of which hears its own ACKs."""
     with ExitStack() as stack:
         names = [f"device-{index}" for index in range(number)]
         port = port or pipeline.mosquitto.port
-        yield [stack.enter_context(Device(port, name, hears=name)) for name in names]
+        made = [
+            Device(port, name, hears=name, hears_dead_letters=hear_dead_letters) for name in names
+        ]
+        yield [stack.enter_context(device) for device in made]
 
 
 @contextmanager
