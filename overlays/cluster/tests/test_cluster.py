@@ -9,17 +9,22 @@ Invariant: what was lost is counted at the sender.
 import json
 import re
 from collections.abc import Iterator
+from contextlib import ExitStack
 
 import pytest
 from cluster import SINGLE, Cluster, kill, more_partitions, under_fault
 from paho.mqtt.client import MQTTv311
 from sender import Sender
 
+from benchmark.fleet import connect
 from tests.support import compose, documents
 from tests.support.device import Device, event
 from tests.support.secure import Client
 
 pytestmark = [pytest.mark.compose, pytest.mark.timeout(600)]
+
+# Of one stream, NATS 2.15 (default_max_consumers).
+CONSUMERS_MAX_BY_DEFAULT = 1_000
 
 MOVE_IN, MOVE_BACK = documents.blocks("Moving in and back")
 
@@ -69,6 +74,15 @@ def test_each_partition_answers_its_devices_and_the_tools_see_all_of_them(cluste
     assert "ingester  2 online" in frame
     with Client(None, "ws", port=9001, transport="websockets", protocol=MQTTv311) as browser:
         assert browser.ask(event(1, "ws"))["status"] == "stored"
+
+
+def test_more_devices_than_nats_allows_by_default_may_hear_their_acks(cluster: Cluster) -> None:
+    with ExitStack() as connections:
+        for number in range(CONSUMERS_MAX_BY_DEFAULT + 1):
+            topic = f"qs/v1/one-of-many-{number}/acks"
+            sock = connect(1883, f"one-of-many-{number}", [topic], qos=1)  # raises if refused
+            connections.enter_context(sock)
+        stored("one-more")
 
 
 def test_a_killed_node_of_each_kind_loses_nothing(cluster: Cluster) -> None:
