@@ -11,9 +11,11 @@ import itertools
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import psycopg2
 
 from benchmark.fleet import Fleet, publishes
 from benchmark.machine import CpuClock, memory_peak_mb
@@ -26,6 +28,8 @@ ARRAY_EVENTS = 50
 # Arrays outstanding: more than one batch holds (ingest.EVENTS_MAX), as 900 singles are.
 ARRAYS_OUTSTANDING = 200
 WARMING_UP = 5_000
+ROWS_SECONDS_MAX = 120.0
+LOOK_SECONDS = 0.1
 
 _run = itertools.count()  # no event id is used twice in a table
 
@@ -133,3 +137,31 @@ def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
     seconds = time.monotonic() - began_at
     begin = "\r" if moves else ""
     print(f"{begin}{what}: {total:,} in {seconds:.1f} s", file=sys.stderr, flush=True)
+
+
+def wait_for_rows(
+    stack: Stack,
+    table: str,
+    rows_min: int,
+    wait: Callable[[float], Any],
+    show: Callable[[int], None],
+) -> None:
+    """Wait until the table, which need not be there yet, has so many rows.
+
+    `wait` is called with the seconds between two looks; a look takes 10 ms at most.
+    """
+    conninfo: dict[str, Any] = stack.postgres.conninfo()
+    connection = psycopg2.connect(**conninfo)
+    connection.autocommit = True
+    with closing(connection), connection.cursor() as cursor:
+        rows = 0
+        deadline = time.monotonic() + ROWS_SECONDS_MAX
+        while rows < rows_min:
+            if time.monotonic() > deadline:
+                raise BenchmarkError(f"{table} has {rows} rows after {ROWS_SECONDS_MAX:.0f} s")
+            wait(LOOK_SECONDS)
+            cursor.execute("SELECT to_regclass(%s) IS NOT NULL", (table,))
+            if cursor.fetchone()[0]:
+                cursor.execute(f"SELECT count(*) FROM {table}")
+                rows = cursor.fetchone()[0]
+                show(rows)

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
+from benchmark.bench import wait_for_rows
 from benchmark.fleet import Fleet, publishes
 from benchmark.systems import LOG_SUBSCRIPTIONS, Running, System
 from tools.stack import Postgres, Stack
@@ -51,8 +52,7 @@ def _one(system: System, fault: str, count: int, show: Callable[[int], None]) ->
             process.stop()
             fleet.publish_all(packets)
             process.start()
-            while _count_rows(stack, system.table) < count / 4:
-                fleet.hear_for(0.05)
+            wait_for_rows(stack, system.table, count // 4, fleet.hear_for, show)
             victim: Running | Postgres = stack.postgres if fault == FAULTS[0] else process
             victim.kill()
             fleet.hear_for(AWAY_SECONDS)

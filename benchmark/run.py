@@ -26,12 +26,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-import psycopg2
 
 from benchmark import bridge, costs, growth, page, profile, promise, queries, report, small
 from benchmark.bench import (
@@ -43,6 +40,7 @@ from benchmark.bench import (
     BenchmarkError,
     Size,
     progress,
+    wait_for_rows,
 )
 from benchmark.fleet import Fleet, FleetError, publishes
 from benchmark.machine import CpuClock, describe, memory_peak_mb
@@ -54,7 +52,6 @@ BACKLOG_EVENTS = 100_000
 # What stores event by event is as fast with fewer; of 100,000 the plain script answered none
 # in 30 s.
 BACKLOG_EVENTS_SLOW = {"plain": 20_000, "node-red": 20_000}
-BACKLOG_SECONDS_MAX = 120.0
 ROWS_BEFORE = (0, 1_000_000, 10_000_000)
 # Lines for the broker's configuration, and variables for the ingester.
 SETTINGS: dict[str, tuple[str, dict[str, str]]] = {
@@ -165,7 +162,7 @@ def _drain_once(
         if system.answers:
             seconds = fleet.hear_all(packets, show)
         else:
-            _wait_for_rows(stack, system.table, events, show)
+            wait_for_rows(stack, system.table, events, time.sleep, show)
             seconds = time.perf_counter() - began_at
         cpu = clock.microseconds_each(events)
         cpu |= clock_began.microseconds_each(events)
@@ -180,28 +177,6 @@ def _drain_once(
         "cpu_microseconds": cpu,
         "memory_mb": memory,
     }
-
-
-def _wait_for_rows(stack: Stack, table: str, events: int, show: Callable[[int], None]) -> None:
-    """Wait until all of the backlog are rows, with a look ten times a second.
-
-    The way for a system that answers nobody. One look takes 10 ms at most.
-    """
-    conninfo: dict[str, Any] = stack.postgres.conninfo()
-    connection = psycopg2.connect(**conninfo)
-    connection.autocommit = True
-    with closing(connection), connection.cursor() as cursor:
-        rows = 0
-        deadline = time.monotonic() + BACKLOG_SECONDS_MAX
-        while rows < events:
-            if time.monotonic() > deadline:
-                raise BenchmarkError(f"{table} has {rows} rows after {BACKLOG_SECONDS_MAX:.0f} s")
-            time.sleep(0.1)
-            cursor.execute("SELECT to_regclass(%s) IS NOT NULL", (table,))
-            if cursor.fetchone()[0]:
-                cursor.execute(f"SELECT count(*) FROM {table}")
-                rows = cursor.fetchone()[0]
-                show(rows)
 
 
 def with_rows(size: Size) -> dict[str, Any]:
@@ -328,22 +303,17 @@ def _answering(systems: dict[str, System]) -> dict[str, Start]:
 
 def peers(systems: dict[str, System], rounds: int, name: str) -> int:
     """Measure all systems side by side, and nothing else."""
-    size = FULL._replace(rounds=rounds)
-    results = {
-        "machine": describe(),
-        "systems": compare(_answering(systems), size),
-        "drain": drain(systems, rounds),
+    parts: dict[str, Callable[[], Any]] = {
+        "machine": describe,
+        "systems": partial(compare, _answering(systems), FULL._replace(rounds=rounds)),
+        "drain": partial(drain, systems, rounds),
     }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
-    text = report.peers(name, results)
-    (RESULTS / f"{name}.md").write_text(text)
-    print(text)
+    _measure_and_keep(parts, name, report.peers)
     return 0
 
 
 def full(systems: dict[str, System], name: str) -> int:
-    """Measure everything; keep after each part what there is."""
+    """Measure everything."""
     parts: dict[str, Callable[[], Any]] = {
         "machine": describe,
         "systems": partial(compare, _answering(systems), FULL),
@@ -352,15 +322,23 @@ def full(systems: dict[str, System], name: str) -> int:
         "settings": partial(other_settings, OTHER),
         "profile": profiles,
     }
+    results = _measure_and_keep(parts, name, report.render)
+    return _page_code(results["rows"]["page_ms"])
+
+
+def _measure_and_keep(
+    parts: dict[str, Callable[[], Any]], name: str, render: Callable[[str, dict[str, Any]], str]
+) -> dict[str, Any]:
+    """Measure the parts; keep after each what there is, and print all of it at the end."""
     results: dict[str, Any] = {}
     RESULTS.mkdir(exist_ok=True)
     for part, measure in parts.items():
         results[part] = measure()
         (RESULTS / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
-    text = report.render(name, results)
+    text = render(name, results)
     (RESULTS / f"{name}.md").write_text(text)
     print(text)
-    return _page_code(results["rows"]["page_ms"])
+    return results
 
 
 def _checkout(text: str) -> Path:
