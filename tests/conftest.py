@@ -112,7 +112,7 @@ def database(servers: Stack) -> Iterator[Database]:
     server = Database(servers.postgres, "postgres")
     server.query(servers.postgres.create_database_sql(name, template="qs"))
     yield Database(servers.postgres, name)
-    server.query(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
+    server.query(servers.postgres.drop_database_sql(name))
 
 
 @pytest.fixture

@@ -206,7 +206,10 @@ class Postgres(Process):
         return f"CREATE DATABASE {_quoted(name)}{clause}"
 
     def drop_database(self, name: str) -> None:
-        self.psql(f"DROP DATABASE IF EXISTS {_quoted(name)} WITH (FORCE)", "postgres")
+        self.psql(self.drop_database_sql(name), "postgres")
+
+    def drop_database_sql(self, name: str) -> str:
+        return f"DROP DATABASE IF EXISTS {_quoted(name)} WITH (FORCE)"
 
     def _environment(self) -> dict[str, str]:
         """With the programs of the version that the data is of."""
