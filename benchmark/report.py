@@ -191,7 +191,7 @@ def peers(name: str, results: dict[str, Any]) -> str:
         "## Side by side",
         comparison(results["systems"]),
         _ratios(results["systems"]),
-        "## A backlog of 100,000 events",
+        "## A backlog of queued events",
         backlog(results["drain"]),
     ]
     return "\n\n".join(parts) + "\n"
@@ -228,7 +228,7 @@ def render(name: str, results: dict[str, Any]) -> str:
         comparison(at_rows),
         "## Other settings",
         comparison(results["settings"]),
-        "## A backlog of 100,000 events",
+        "## A backlog of queued events",
         backlog(results["drain"]),
         "## The documented queries, with the most rows",
         _table(["query", "ms"], [[f"`{sql}`", f"{ms:.0f}"] for sql, ms in queries.items()]),
