@@ -77,8 +77,8 @@ class Page(Process):
         return True
 
 
-def measure(folder: Path, postgres: Postgres) -> dict[str, float]:
-    """Return the median time of each address, in milliseconds.
+def measure(folder: Path, postgres: Postgres, rounds: int = ROUNDS) -> dict[str, float]:
+    """Return the median time of each address of so many, in milliseconds.
 
     PostgreSQL, which holds the rows, is started again with the settings that Compose gives it.
     """
@@ -91,7 +91,9 @@ def measure(folder: Path, postgres: Postgres) -> dict[str, float]:
     try:
         page.start()
         page.wait_ready()
-        return {what: _milliseconds(page, address) for what, address in _addresses().items()}
+        return {
+            what: _milliseconds(page, address, rounds) for what, address in _addresses().items()
+        }
     finally:
         page.stop()
 
@@ -101,9 +103,9 @@ def too_slow(page_ms: dict[str, float]) -> list[str]:
     return [what for what in LIMITED if page_ms[what] > MILLISECONDS_MAX]
 
 
-def _milliseconds(page: Page, address: str) -> float:
+def _milliseconds(page: Page, address: str, rounds: int) -> float:
     page.get(address)  # what it reads is in memory then, as far as that is large enough
-    return statistics.median(page.get(address) for _ in range(ROUNDS)) * 1e3
+    return statistics.median(page.get(address) for _ in range(rounds)) * 1e3
 
 
 def _compose_settings() -> dict[str, str]:

@@ -1,13 +1,13 @@
 """The benchmark: the ingester beside what one would use instead, on one machine in one run.
 
-    .venv/bin/python -m benchmark.run              everything, about 20 minutes
+    .venv/bin/python -m benchmark.run              everything, about 30 minutes
     .venv/bin/python -m benchmark.run --short      a minute: what CI runs
     .venv/bin/python -m benchmark.run --page       the page of charts alone, with 10 million rows
     .venv/bin/python -m benchmark.run --bridge     the bridge alone, with the stack behind it
     .venv/bin/python -m benchmark.run --small      the ingester with broker and database on one core
     .venv/bin/python -m benchmark.run --profile    where each microsecond of an event goes
     .venv/bin/python -m benchmark.run --growth     what an event costs with more of everything
-    .venv/bin/python -m benchmark.run --peers      all systems: rates, backlog, latency, CPU
+    .venv/bin/python -m benchmark.run --peers      all systems beside the least that one thread does
     .venv/bin/python -m benchmark.run --promise    all systems: what is lost when one is killed
     .venv/bin/python -m benchmark.run --against FOLDER
                                                    the ingester beside that of another checkout
@@ -44,7 +44,15 @@ from benchmark.bench import (
 )
 from benchmark.fleet import Fleet, FleetError, publishes
 from benchmark.machine import CpuClock, describe, memory_peak_mb
-from benchmark.systems import LOG_SUBSCRIPTIONS, Start, System, all_here, ingester, plain
+from benchmark.systems import (
+    LOG_SUBSCRIPTIONS,
+    Start,
+    System,
+    all_here,
+    ingester,
+    least,
+    plain,
+)
 from tools.process import CHECKOUT, StackError
 from tools.stack import Stack
 
@@ -70,8 +78,14 @@ SHORT_RATIO_MIN = 3.0
 
 FULL = Size(
     rounds=3,
-    singles={"ingester": 60_000, "plain": 10_000, "node-red": 20_000, "bento": 40_000},
-    arrays={"ingester": 4_000, "plain": 300, "node-red": 1_200, "bento": 2_000},
+    singles={
+        "ingester": 60_000,
+        "plain": 10_000,
+        "node-red": 20_000,
+        "bento": 40_000,
+        "least": 60_000,
+    },
+    arrays={"ingester": 4_000, "plain": 300, "node-red": 1_200, "bento": 2_000, "least": 4_000},
     latency_seconds={1: 30, 200: 15, 1_000: 8},
 )
 # With rows in the table, and with other settings: of the ingester alone.
@@ -289,7 +303,8 @@ def main() -> int:
             print(report.promise(promise.measure(all_here(), progress)))
             return 0
         if arguments.peers:
-            return peers(all_here(), arguments.rounds, f"{name}-peers")
+            systems = all_here() | {"least": System(least)}
+            return peers(systems, arguments.rounds, f"{name}-peers")
         return full(all_here(), name)
     except (StackError, BenchmarkError, FleetError, bridge.Missing) as error:
         print(f"benchmark: {error}", file=sys.stderr)

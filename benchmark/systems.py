@@ -62,7 +62,16 @@ def ingester(stack: Stack) -> Running:
 
 def plain(stack: Stack) -> Running:
     """Return the plain script, ready."""
-    log_file, arguments = stack.folder / "plain.log", ("-m", "benchmark.plain")
+    return _script("plain", stack)
+
+
+def least(stack: Stack) -> Running:
+    """Return the script that does no more than it must, ready."""
+    return _script("least", stack)
+
+
+def _script(name: str, stack: Stack) -> Running:
+    log_file, arguments = stack.folder / f"{name}.log", ("-m", f"benchmark.{name}")
     process = Ingester(stack.environment, log_file, arguments=arguments)
     process.start()
     process.wait_for_log("ready")

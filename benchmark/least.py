@@ -1,0 +1,144 @@
+"""The least that one Python thread does for an event: what no change to the ingester can reach.
+
+What it does: takes packets apart, parses the JSON, inserts a batch by one prepared statement, and
+answers and PUBACKs it by one send: the same packets, rows and ACKs as the ingester's, and as many
+calls into C as those take. What it does not: check anything, tell a repeated event from a conflict,
+keep a dead letter, read while the database works, have a deadline, or connect again.
+
+Invariant: an ACK is sent only after the row is committed, and the PUBACK behind it.
+"""
+
+import json
+import os
+import signal
+import socket
+from typing import Any
+
+import psycopg2
+
+BATCH_MAX = 500
+READ_BYTES_MAX = 262_144
+# MQTT 3.1.1, sections 3.1, 3.3, 3.4, 3.8 and 3.9.
+CONNECT, PUBLISH, PUBACK, SUBSCRIBE, SUBACK = 0x10, 0x30, b"\x40\x02", 0x82, 0x90
+COLUMNS = {
+    "event_id": "text",
+    "device_id": "text",
+    "schema": "int",
+    "event_type": "text",
+    "value_num": "float8",
+    "unit": "text",
+    "ts_device": "timestamptz",
+    "meta": "jsonb",
+}
+ARRAYS = ", ".join(f"${n}::{name}[]" for n, name in enumerate(COLUMNS.values(), 1))
+PREPARE = (
+    f"PREPARE least AS INSERT INTO events ({', '.join(COLUMNS)}) SELECT * FROM unnest({ARRAYS})"
+    " ON CONFLICT (event_id) DO NOTHING RETURNING event_id"
+)
+EXECUTE = f"EXECUTE least ({', '.join(['%s'] * len(COLUMNS))})"
+ACK = '{"schema": 1, "event_id": "%s", "device_id": "%s", "status": "stored"}'
+
+Waiting = list[tuple[bytes, bytes, Any]]  # topic, packet id, event or array of events
+
+_to_json = json.JSONEncoder(ensure_ascii=False).encode
+
+
+def take_apart(data: bytes, waiting: Waiting) -> bytes:
+    """Add what was published to `waiting`; return the beginning of what has not come whole."""
+    begin, size = 0, len(data)
+    while begin + 2 <= size:
+        length, body = data[begin + 1], begin + 2
+        if length > 0x7F:  # two bytes: no event here needs more
+            if body == size:
+                break
+            length, body = length & 0x7F | data[body] << 7, body + 1
+        end = body + length
+        if end > size:
+            break
+        if data[begin] & 0xF0 == PUBLISH:
+            topic_end = body + 2 + (data[body] << 8 | data[body + 1])
+            topic, packet_id = data[body + 2 : topic_end], data[topic_end : topic_end + 2]
+            waiting.append((topic, packet_id, json.loads(data[topic_end + 2 : end])))
+        elif data[begin] == SUBACK:
+            print("ready", flush=True)
+        begin = end
+    return data[begin:]
+
+
+def store(cursor: Any, events: list[dict[str, Any]]) -> None:
+    """Insert the events, one array literal for each column."""
+
+    def texts(name: str) -> str:
+        joined = "\0".join([event[name] for event in events])
+        escaped = joined.replace("\\", r"\\").replace('"', r"\"").replace("\0", '","')
+        return f'{{"{escaped}"}}'
+
+    numbers = [",".join([repr(event[name]) for event in events]) for name in ("schema", "value")]
+    metas = "\0".join([_to_json(event["meta"]) for event in events])
+    metas = metas.replace("\\", r"\\").replace('"', r"\"").replace("\0", '","')
+    values = [texts("event_id"), texts("device_id"), f"{{{numbers[0]}}}", texts("event_type")]
+    values += [f"{{{numbers[1]}}}", texts("unit"), texts("ts_device"), f'{{"{metas}"}}']
+    cursor.execute(EXECUTE, values)
+    cursor.fetchall()
+
+
+def answer(topic: bytes, packet_id: bytes, payload: Any) -> bytes:
+    """Return the ACK, with QoS 0, and the PUBACK."""
+    if isinstance(payload, list):
+        text = ", ".join([ACK % (event["event_id"], event["device_id"]) for event in payload])
+        body = f"[{text}]".encode()
+    else:
+        body = (ACK % (payload["event_id"], payload["device_id"])).encode()
+    topic = topic.removesuffix(b"events") + b"acks"
+    return packet(PUBLISH, len(topic).to_bytes(2, "big") + topic + body) + PUBACK + packet_id
+
+
+def packet(first: int, body: bytes) -> bytes:
+    if (length := len(body)) > 0x7F:
+        return bytes([first, length & 0x7F | 0x80, length >> 7]) + body
+    return bytes([first, length]) + body
+
+
+def text(value: bytes) -> bytes:
+    return len(value).to_bytes(2, "big") + value
+
+
+def main() -> None:
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    env = os.environ
+    connection = psycopg2.connect(
+        host=env["POSTGRES_HOST"],
+        port=env["POSTGRES_PORT"],
+        dbname=env["POSTGRES_DB"],
+        user=env["POSTGRES_USER"],
+        password=env["POSTGRES_PASSWORD"],
+    )
+    connection.autocommit = True
+    cursor = connection.cursor()
+    cursor.execute(PREPARE)
+    sock = socket.create_connection((env["MQTT_HOST"], int(env["MQTT_PORT"])))
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    session = text(b"MQTT") + b"\x04\x00\x00\x00" + text(b"homelab-least")  # kept, no keep-alive
+    subscription = b"\x00\x01" + text(b"qs/v1/+/events") + b"\x01"
+    sock.sendall(packet(CONNECT, session) + packet(SUBSCRIBE, subscription))
+    waiting: Waiting = []
+    rest = b""
+    while data := sock.recv(READ_BYTES_MAX):
+        rest = take_apart(rest + data, waiting)
+        while waiting:
+            batch = waiting[:BATCH_MAX]
+            del waiting[:BATCH_MAX]
+            payloads = [payload for _, _, payload in batch]
+            store(
+                cursor,
+                [
+                    event
+                    for payload in payloads
+                    for event in (payload if isinstance(payload, list) else [payload])
+                ],
+            )
+            sock.sendall(b"".join([answer(*message) for message in batch]))
+
+
+if __name__ == "__main__":
+    main()
