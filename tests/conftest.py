@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -21,6 +21,7 @@ import pytest
 CHECKOUT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(CHECKOUT))
 
+from tests.support.device import event  # noqa: E402
 from tests.support.findings import Finding, table, write_into  # noqa: E402
 from tests.support.pipeline import Database, Pipeline  # noqa: E402
 from tools import process  # noqa: E402
@@ -54,16 +55,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before pytest looks at -m
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark what needs servers; without --faults leave out what is marked `faults`."""
+    """Mark what needs servers; with --faults leave out what is marked `brief`, else `faults`."""
     for item in items:
         if "servers" in getattr(item, "fixturenames", ()):
             item.add_marker("services")
         if item.get_closest_marker("compose"):  # names and ports are fixed: one worker has all
             item.add_marker(pytest.mark.xdist_group("compose"))
-    if not config.getoption("--faults"):
-        left_out = [item for item in items if item.get_closest_marker("faults")]
-        items[:] = [item for item in items if item not in left_out]
-        config.hook.pytest_deselected(items=left_out)
+    not_this_time = "brief" if config.getoption("--faults") else "faults"
+    left_out = [item for item in items if item.get_closest_marker(not_this_time)]
+    items[:] = [item for item in items if not item.get_closest_marker(not_this_time)]
+    config.hook.pytest_deselected(items=left_out)
 
 
 @pytest.fixture
@@ -104,9 +105,9 @@ def servers(request: pytest.FixtureRequest) -> Iterator[Stack]:
         yield stack
 
 
-@pytest.fixture
-def database(servers: Stack) -> Iterator[Database]:
-    """A database of the test's own, with the schema."""
+@contextmanager
+def new_database(servers: Stack) -> Iterator[Database]:
+    """A new database with the schema."""
     name = f"test_{next(_number)}"
     # By one connection each: a psql for each of the two takes longer than the server does.
     server = Database(servers.postgres, "postgres")
@@ -115,9 +116,9 @@ def database(servers: Stack) -> Iterator[Database]:
     server.query(servers.postgres.drop_database_sql(name))
 
 
-@pytest.fixture
-def pipeline(servers: Stack, database: Database) -> Iterator[Pipeline]:
-    """A broker of the test's own, its database, and an ingester that is not started yet."""
+@contextmanager
+def new_pipeline(servers: Stack, database: Database) -> Iterator[Pipeline]:
+    """A new broker, and an ingester between it and the database that is not started yet."""
     with ExitStack() as cleanup:
         folder = servers.folder / f"pipeline-{next(_number)}"
         mosquitto = Mosquitto(folder, free_port(), free_port())
@@ -130,8 +131,43 @@ def pipeline(servers: Stack, database: Database) -> Iterator[Pipeline]:
 
 
 @pytest.fixture
+def database(servers: Stack) -> Iterator[Database]:
+    """A database of the test's own, with the schema."""
+    with new_database(servers) as database:
+        yield database
+
+
+@pytest.fixture
+def pipeline(servers: Stack, database: Database) -> Iterator[Pipeline]:
+    """A broker of the test's own, its database, and an ingester that is not started yet."""
+    with new_pipeline(servers, database) as pipeline:
+        yield pipeline
+
+
+@pytest.fixture
 def running(pipeline: Pipeline) -> Pipeline:
     """The same with the ingester running and connected to both."""
     pipeline.ingester.start()
     pipeline.ingester.wait_ready()
     return pipeline
+
+
+@pytest.fixture(scope="session")
+def lasting_pipeline(servers: Stack) -> Iterator[Pipeline]:
+    """One that runs to the end, for `lasting`."""
+    with new_database(servers) as database, new_pipeline(servers, database) as pipeline:
+        pipeline.ingester.start()
+        pipeline.ingester.wait_ready()
+        yield pipeline
+
+
+@pytest.fixture
+def lasting(lasting_pipeline: Pipeline) -> Iterator[Pipeline]:
+    """As `running`, with empty tables, for a test that does no more than send, hear and look.
+
+    To start an ingester and a broker would take longer than most of these tests.
+    """
+    yield lasting_pipeline
+    with lasting_pipeline.device("last") as device:
+        assert device.ask(event(1, "last"))["status"] == "stored"  # so all before it is settled
+    lasting_pipeline.database.query("TRUNCATE events, dead_letters RESTART IDENTITY")

@@ -550,7 +550,6 @@ def test_a_killed_ingester_is_started_again(stack: Compose, name: str) -> None:
     stack.wait_healthy()
 
 
-@both_brokers
 def test_a_stopped_ingester_exits_0_within_5_s_and_finds_what_came_meanwhile(
     stack: Compose,
 ) -> None:
@@ -568,7 +567,6 @@ def test_a_stopped_ingester_exits_0_within_5_s_and_finds_what_came_meanwhile(
     stack.wait_healthy()
 
 
-@both_brokers
 def test_down_keeps_rows_and_queued_events_and_the_next_up_changes_no_schema(
     put_back: Compose,
 ) -> None:

@@ -235,7 +235,15 @@ def test_a_connection_that_the_network_forgets_is_given_up(
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("hold_ms", [0, 100])
+@pytest.mark.parametrize(
+    ("language", "hold_ms"),
+    [
+        (name, hold_ms)
+        for name in LANGUAGES
+        for hold_ms in ((0,) if name in KEEP_AT_ONCE else (0, 100))
+    ],
+    indirect=["language"],
+)
 def test_through_kills_of_its_own_nothing_is_lost_that_was_kept(
     running: Pipeline, program: Program, hold_ms: int
 ) -> None:

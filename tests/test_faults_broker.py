@@ -21,6 +21,7 @@ from ingester.broker import Broker
 from ingester.message import Message
 from ingester.settings import Settings
 from tests.support.device import Device, event
+from tests.support.each import short_or_long
 from tests.support.findings import Finding, find
 from tests.support.load import (
     check_log,
@@ -58,7 +59,7 @@ def all_are_rows(publishers: list[Device], database: Database) -> None:
 # --- stopped, killed, frozen -------------------------------------------------------------
 
 
-@pytest.mark.parametrize("times", [1, pytest.param(4, marks=pytest.mark.faults)])
+@pytest.mark.parametrize("times", short_or_long(1, 4))
 def test_what_a_stopped_broker_had_taken_becomes_a_row(
     steady: Pipeline, report: Report, times: int
 ) -> None:
@@ -80,7 +81,7 @@ def test_what_a_stopped_broker_had_taken_becomes_a_row(
     assert connects(steady) == times + 1
 
 
-@pytest.mark.parametrize("times", [1, pytest.param(4, marks=pytest.mark.faults)])
+@pytest.mark.parametrize("times", short_or_long(1, 4))
 def test_a_killed_broker_costs_nothing_that_a_device_heard_as_stored(
     steady: Pipeline, report: Report, times: int
 ) -> None:
@@ -102,7 +103,7 @@ def test_a_killed_broker_costs_nothing_that_a_device_heard_as_stored(
     assert connects(steady) == times + 1
 
 
-@pytest.mark.parametrize("times", [1, pytest.param(5, marks=pytest.mark.faults)])
+@pytest.mark.parametrize("times", short_or_long(1, 5))
 def test_a_broker_restarted_at_once_loses_nothing(
     steady: Pipeline, report: Report, times: int
 ) -> None:
@@ -122,7 +123,7 @@ def test_a_broker_restarted_at_once_loses_nothing(
     check_log(steady, "MQTT", time.monotonic() - began_at, times)
 
 
-@pytest.mark.parametrize("seconds", [2, pytest.param(15, marks=pytest.mark.faults)])
+@pytest.mark.parametrize("seconds", short_or_long(2, 15))
 def test_a_frozen_broker_that_thaws_goes_on_where_it_was(
     steady: Pipeline, report: Report, seconds: int
 ) -> None:
@@ -168,7 +169,7 @@ def proxy(pipeline: Pipeline) -> Iterator[Proxy]:
         pipeline.ingester.stop()
 
 
-@pytest.mark.parametrize("times", [1, pytest.param(5, marks=pytest.mark.faults)])
+@pytest.mark.parametrize("times", short_or_long(1, 5))
 @pytest.mark.parametrize("reset", [True, False], ids=["RST", "FIN"])
 def test_a_cut_line_to_the_broker_loses_nothing(
     proxy: Proxy, steady: Pipeline, report: Report, times: int, reset: bool
@@ -403,7 +404,7 @@ def test_the_broker_module_pubacks_no_packet_id_of_an_earlier_connection(
 # --- shared by mistake -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seconds", [4, pytest.param(20, marks=pytest.mark.faults)])
+@pytest.mark.parametrize("seconds", short_or_long(4, 20))
 def test_two_ingesters_with_one_client_id_lose_nothing_and_do_not_fight(
     steady: Pipeline, report: Report, tmp_path: Path, seconds: int
 ) -> None:

@@ -17,6 +17,7 @@ from functools import partial
 import pytest
 
 from tests.support.device import Device, event
+from tests.support.each import short_or_long
 from tests.support.findings import Finding, find
 from tests.support.load import (
     broker_dropped,
@@ -65,7 +66,7 @@ def wait_until_taken(publishers: list[Device]) -> None:
 # --- many --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [5_000, pytest.param(20_000, marks=pytest.mark.faults)])
+@pytest.mark.parametrize("number", short_or_long(5_000, 20_000))
 def test_what_is_published_while_the_ingester_is_away_is_stored_when_it_is_back(
     steady: Pipeline, report: Report, number: int
 ) -> None:
@@ -90,7 +91,7 @@ def test_what_is_published_while_the_ingester_is_away_is_stored_when_it_is_back(
     assert dropped == 0
 
 
-@pytest.mark.parametrize("seconds", [1, pytest.param(5, marks=pytest.mark.faults)])
+@pytest.mark.parametrize("seconds", short_or_long(1, 5))
 def test_a_device_that_floods_does_not_keep_another_from_its_acks(
     steady: Pipeline, report: Report, seconds: int
 ) -> None:
@@ -171,7 +172,7 @@ def test_a_byte_more_than_the_broker_takes_costs_its_sender_the_connection_alone
 
 
 # The broker queues up to 100 MiB (mosquitto.conf).
-@pytest.mark.parametrize("number", [100, pytest.param(350, marks=pytest.mark.faults)])
+@pytest.mark.parametrize("number", short_or_long(100, 350))
 def test_big_events_for_a_waiting_ingester_do_not_fill_its_memory(
     steady: Pipeline, report: Report, number: int
 ) -> None:

@@ -36,7 +36,7 @@ def connects(pipeline: Pipeline) -> int:
 # --- what a device hears, and what a row holds -----------------------------------------
 
 
-def test_an_event_becomes_a_row_and_its_device_hears_so(running: Pipeline) -> None:
+def test_an_event_becomes_a_row_and_its_device_hears_so(lasting: Pipeline) -> None:
     sent = {
         "schema": 1,
         "event_id": "esp32-01-42",
@@ -48,7 +48,7 @@ def test_an_event_becomes_a_row_and_its_device_hears_so(running: Pipeline) -> No
         "meta": {"sensor": "dht22", "rooms": ["living room", "Küche"]},
         "firmware": "ignored",
     }
-    with running.device("esp32-01") as device:
+    with lasting.device("esp32-01") as device:
         device.publish(sent)
         device.wait(lambda: bool(device.messages), "an ACK")
     assert device.messages == [
@@ -59,7 +59,7 @@ def test_an_event_becomes_a_row_and_its_device_hears_so(running: Pipeline) -> No
         )
     ]
     columns = "event_id, device_id, schema, event_type, value_num, value_text, unit, ts_device"
-    assert running.database.query(f"SELECT {columns}, meta FROM events") == [
+    assert lasting.database.query(f"SELECT {columns}, meta FROM events") == [
         (
             "esp32-01-42",
             "esp32-01",
@@ -74,32 +74,32 @@ def test_an_event_becomes_a_row_and_its_device_hears_so(running: Pipeline) -> No
     ]
 
 
-def test_an_event_sent_again_gets_the_very_same_ack_and_no_second_row(running: Pipeline) -> None:
-    with running.device() as device:
+def test_an_event_sent_again_gets_the_very_same_ack_and_no_second_row(lasting: Pipeline) -> None:
+    with lasting.device() as device:
         for _ in range(3):
             device.ask(event(1))
     assert len(set(device.messages)) == 1
     assert len(device.messages) == 3
-    assert running.database.count() == 1
-    assert running.database.count("dead_letters") == 0
+    assert lasting.database.count() == 1
+    assert lasting.database.count("dead_letters") == 0
 
 
-def test_the_same_id_with_other_content_is_refused_and_kept(running: Pipeline) -> None:
-    with running.device() as device:
+def test_the_same_id_with_other_content_is_refused_and_kept(lasting: Pipeline) -> None:
+    with lasting.device() as device:
         device.ask(event(1, value=1))
         ack = device.ask(event(1, value=2))
         device.wait(lambda: bool(device.dead_letters), "a dead letter")
     assert (ack["status"], ack["reason"]) == ("rejected", "event_id_conflict")
-    assert running.database.query("SELECT value_num FROM events") == [(1.0,)]
+    assert lasting.database.query("SELECT value_num FROM events") == [(1.0,)]
     letter = device.dead_letters[0]
     assert json.loads(letter["payload"])["value"] == 2
-    rows = running.database.query("SELECT id, reason, event_id FROM dead_letters")
+    rows = lasting.database.query("SELECT id, reason, event_id FROM dead_letters")
     assert rows == [(letter["id"], "event_id_conflict", "device-1-1")]
 
 
-def test_an_array_is_answered_by_one_array_in_its_order(running: Pipeline) -> None:
+def test_an_array_is_answered_by_one_array_in_its_order(lasting: Pipeline) -> None:
     sent = [event(1), event(2, value=[]), 7, event(1), event(1, value=0), event(3)]
-    with running.device() as device:
+    with lasting.device() as device:
         device.publish(sent)
         device.wait(lambda: len(device.dead_letters) == 3, "three dead letters")
     assert len([topic for topic, _ in device.messages if topic.endswith("/acks")]) == 1
@@ -112,8 +112,8 @@ def test_an_array_is_answered_by_one_array_in_its_order(running: Pipeline) -> No
         ("device-1-1", "rejected", "event_id_conflict"),
         ("device-1-3", "stored", None),
     ]
-    assert running.database.count() == 2
-    kept = dict(running.database.query("SELECT id, payload FROM dead_letters"))
+    assert lasting.database.count() == 2
+    kept = dict(lasting.database.query("SELECT id, payload FROM dead_letters"))
     of_each = [kept[letter["id"]] for letter in device.dead_letters]
     assert [json.loads(bytes(payload)) for payload in of_each] == [sent[1], 7, sent[4]]
     assert [json.loads(letter["payload"]) for letter in device.dead_letters] == [
@@ -137,18 +137,18 @@ REFUSED = {
 
 @pytest.mark.parametrize("reason", REFUSED)
 def test_what_cannot_be_stored_is_answered_told_and_kept_whole(
-    running: Pipeline, reason: str
+    lasting: Pipeline, reason: str
 ) -> None:
     payload = REFUSED[reason]
     before = datetime.now(UTC)
-    with running.device() as device:
+    with lasting.device() as device:
         device.publish(payload)
         device.wait(lambda: bool(device.acks and device.dead_letters), "an ACK, a dead letter")
         assert device.ask(event("after"))["status"] == "stored"
     ack, letter = device.acks[0], device.dead_letters[0]
     assert (ack["device_id"], ack["status"], ack["reason"]) == ("device-1", "rejected", reason)
     assert letter["truncated"] is (len(payload) > 2000)
-    row = running.database.query(
+    row = lasting.database.query(
         "SELECT id, reason, error, topic, device_id, event_id, payload, received_at"
         " FROM dead_letters"
     )[0]
@@ -171,12 +171,12 @@ def test_a_value_that_only_the_database_refuses_is_not_storable(running: Pipelin
 
 
 @pytest.mark.parametrize("qos", [0, 1, 2])
-def test_events_of_every_qos_are_stored_and_answered(running: Pipeline, qos: int) -> None:
-    with running.device() as device:
+def test_events_of_every_qos_are_stored_and_answered(lasting: Pipeline, qos: int) -> None:
+    with lasting.device() as device:
         for number in range(20):
             assert device.ask(event(number), qos=qos)["status"] == "stored"
-    assert running.database.count() == 20
-    assert connects(running) == 1
+    assert lasting.database.count() == 20
+    assert connects(lasting) == 1
 
 
 def test_a_retained_event_is_stored_once_and_clearing_it_does_no_harm(
@@ -201,43 +201,43 @@ HOSTILE_DEVICES = ["", " ", "a b", "täst", "😀", "%s", "{device_id}", "'; DRO
 
 @pytest.mark.parametrize("device_id", HOSTILE_DEVICES, ids=lambda name: name[:9] or "empty")
 def test_no_name_of_a_device_makes_the_broker_disconnect_the_ingester(
-    running: Pipeline, device_id: str
+    lasting: Pipeline, device_id: str
 ) -> None:
-    with running.device(device_id) as device:
+    with lasting.device(device_id) as device:
         device.publish(event(1, device_id))
         device.publish([{}] * 1000)
         device.publish(b"\0")
-        running.database.wait_count("dead_letters", 3)
-    with running.device() as other:
+        lasting.database.wait_count("dead_letters", 3)
+    with lasting.device() as other:
         assert other.ask(event(1))["status"] == "stored"
-    assert connects(running) == 1
-    assert running.database.query("SELECT DISTINCT device_id FROM dead_letters") == [(device_id,)]
+    assert connects(lasting) == 1
+    assert lasting.database.query("SELECT DISTINCT device_id FROM dead_letters") == [(device_id,)]
 
 
 def test_the_longest_answers_do_not_make_the_broker_disconnect_the_ingester(
-    running: Pipeline,
+    lasting: Pipeline,
 ) -> None:
     names = ["😀" * 56 + f"{number:04}" for number in range(1000)]
     elements = [json.dumps({"event_id": name}, ensure_ascii=False) for name in names]
-    with running.device() as device:
+    with lasting.device() as device:
         device.publish(f"[{','.join(elements)}]".encode())
         device.wait(lambda: len(device.acks) == 1000, "an array of 1,000 ACKs", 30)
-    assert connects(running) == 1
+    assert connects(lasting) == 1
     assert [ack["event_id"] for ack in device.acks] == names
 
 
-def test_the_largest_payload_that_the_broker_takes_is_kept(running: Pipeline) -> None:
+def test_the_largest_payload_that_the_broker_takes_is_kept(lasting: Pipeline) -> None:
     conf = (CHECKOUT / "mosquitto/config/mosquitto.conf").read_text()
     match = re.search(r"(?m)^max_packet_size (\d+)$", conf)
     assert match
     topic = "qs/v1/device-1/events"
     # MQTT 3.1.1, section 3.3: fixed header of 5 bytes, topic with its length, packet id.
     payload = b"[" * (int(match[1]) - 5 - 2 - len(topic) - 2)
-    with running.device() as device:
+    with lasting.device() as device:
         ack = device.ask(payload)
     assert ack["reason"] == "payload_too_large"
-    assert running.database.query("SELECT length(payload) FROM dead_letters") == [(len(payload),)]
-    assert connects(running) == 1
+    assert lasting.database.query("SELECT length(payload) FROM dead_letters") == [(len(payload),)]
+    assert connects(lasting) == 1
 
 
 def test_topics_of_an_earlier_setting_are_kept_and_not_lost(pipeline: Pipeline) -> None:
@@ -273,9 +273,9 @@ def test_other_topics_can_be_configured(pipeline: Pipeline) -> None:
 
 
 def test_a_corpus_of_json_documents_ends_as_rows_and_dead_letters_and_nothing_else(
-    running: Pipeline,
+    lasting: Pipeline,
 ) -> None:
-    with running.device() as device:
+    with lasting.device() as device:
         for number, document in enumerate(DOCUMENTS):
             head = VALID.replace(b"device-1-1", b"corpus-%d" % number)
             device.send(head[:-1] + b', "meta": ' + document.data + b"}")
@@ -283,16 +283,16 @@ def test_a_corpus_of_json_documents_ends_as_rows_and_dead_letters_and_nothing_el
         device.wait(
             lambda: len(device.dead_letters) + len(device.heard_at) >= len(DOCUMENTS), "the rest"
         )
-    stored, kept = running.database.count(), running.database.count("dead_letters")
+    stored, kept = lasting.database.count(), lasting.database.count("dead_letters")
     assert stored + kept == len(DOCUMENTS)
     assert (stored, kept) == (len(device.heard_at), len(device.dead_letters))
-    assert connects(running) == 1
+    assert connects(lasting) == 1
 
 
-def test_random_bytes_on_random_topics_end_as_dead_letters(running: Pipeline) -> None:
+def test_random_bytes_on_random_topics_end_as_dead_letters(lasting: Pipeline) -> None:
     randomness = random.Random(20260210)
     sent = 0
-    with running.device() as device:
+    with lasting.device() as device:
         for _ in range(2000):
             junk = randomness.randbytes(randomness.randrange(60))
             cut = randomness.randrange(len(VALID))
@@ -302,8 +302,8 @@ def test_random_bytes_on_random_topics_end_as_dead_letters(running: Pipeline) ->
         device.wait(lambda: len(device.dead_letters) == sent, "each dead letter", 30)
         device.wait(lambda: len(device.acks) == sent, "each ACK")
     # Some are equal.
-    assert running.database.query("SELECT sum(times) FROM dead_letters") == [(sent,)]
-    assert running.database.count() == 0
+    assert lasting.database.query("SELECT sum(times) FROM dead_letters") == [(sent,)]
+    assert lasting.database.count() == 0
 
 
 def seattle(path: Path) -> list[tuple[str, float]]:

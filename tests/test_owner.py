@@ -19,11 +19,12 @@ import psycopg2
 import pytest
 
 from tests.support.device import Device, event
+from tests.support.each import short_or_long
 from tests.support.load import connects, heard_all
 from tests.support.pgbouncer import PgBouncer
 from tests.support.pipeline import Database, Pipeline, wait_until
 from tests.support.proxy import Proxy
-from tools.process import clean_environment, free_port, run
+from tools.process import free_port
 from tools.stack import Stack
 
 faults = pytest.mark.faults
@@ -50,25 +51,15 @@ def database(servers: Stack, database: Database) -> Database:
     return database
 
 
-@pytest.fixture
-def running(running: Pipeline) -> Pipeline:
-    """The same, with the subscription granted: what is published from now on arrives."""
-    wait_subscribed(running)
-    return running
-
-
 def wait_subscribed(pipeline: Pipeline) -> None:
-    """Wait for its status: it publishes that only when the broker has granted it its topic."""
-    port = str(pipeline.mosquitto.port)
-    command = ["mosquitto_sub", "-h", "127.0.0.1", "-p", port, "-t", "qs/v1/ingester/status"]
-    run([*command, "-C", "1", "-W", "30"], clean_environment())
+    """Wait until the broker has granted its topic: what is published from then on arrives."""
+    pipeline.ingester.wait_for_log("MQTT connected rc=Success; subscribing", 30)
 
 
 def start(pipeline: Pipeline, **environment: str) -> None:
     pipeline.ingester.environment |= environment
     pipeline.ingester.start()
     pipeline.ingester.wait_ready()
-    wait_subscribed(pipeline)
 
 
 def stop(pipeline: Pipeline) -> None:
@@ -747,7 +738,7 @@ def point_at(pipeline: Pipeline, ports: Sequence[int], name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["PGHOST", "POSTGRES_HOST"])
-@pytest.mark.parametrize("number", [1, pytest.param(3, marks=faults)])
+@pytest.mark.parametrize("number", short_or_long(1, 3))
 def test_hosts_that_never_answer_cost_a_few_seconds_each(
     pipeline: Pipeline, name: str, number: int
 ) -> None:

@@ -184,7 +184,6 @@ def test_the_operator_hears_everything_from_two_terminals_at_once(stack: SecureS
         assert heard == {"qs/v1/alpha/events", "qs/v1/alpha/acks"}
 
 
-@both_brokers
 def test_the_live_view_sees_it_all_and_leaves_the_ingesters_session_alone(
     stack: SecureStack,
 ) -> None:
@@ -351,7 +350,6 @@ def test_tls_below_1_2_is_refused(stack: SecureStack, port: str, version: str, t
         assert "alert protocol version" in done.stderr
 
 
-@both_brokers
 def test_an_expired_certificate_is_refused_and_renewing_fixes_it(stack: SecureStack) -> None:
     names = stack.folder / "names.ext"
     names.write_text("subjectAltName=DNS:localhost,DNS:mosquitto,DNS:postgres\n")
@@ -924,7 +922,6 @@ def test_no_secret_is_in_the_configuration_the_containers_or_the_image(
         assert "qs_password" not in stack.run("docker", "inspect", container).stdout
 
 
-@both_brokers
 def test_no_secret_is_in_a_log_or_a_command_line(stack: SecureStack, secrets: set[str]) -> None:
     # Not even when the database logs every statement, and the schema step runs again.
     stack.psql("ALTER SYSTEM SET log_statement = 'all'")

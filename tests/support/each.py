@@ -1,7 +1,9 @@
-"""One test for many values, where a test of its own for each would cost more than what it does.
+"""Which values a test runs for: each of many, or one that fits the time there is.
 
-What it does: gives the test one value after the other, and fails with each that it failed for, and
-why. What it does not: fixtures. Where a value needs one, or takes long, it is parametrised.
+What it does: gives the test one value after the other, where a test of its own for each would cost
+more than what it does, and fails with each that it failed for, and why; or has a test run long with
+--faults, and briefly without. What it does not: fixtures. Where a value needs one, or takes long,
+it is parametrised.
 
 Invariant: every value is tried, whatever happened to those before it; with none at all it fails.
 """
@@ -10,6 +12,16 @@ import functools
 import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
+
+import pytest
+
+
+def short_or_long(short: int, long: int) -> list[Any]:
+    """Return what to parametrise with: the short one, or with --faults the long one instead."""
+    return [
+        pytest.param(short, marks=pytest.mark.brief),
+        pytest.param(long, marks=pytest.mark.faults),
+    ]
 
 
 def each(

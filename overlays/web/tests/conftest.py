@@ -1,8 +1,8 @@
 """The page as its viewers have it: a real process of it, before a real browser.
 
-What it does: one browser for the whole run, a page over a database of the test's own, and a tab
-that notes everything which no test may cause. What it does not: replace a server by a mock;
-broker, database and ingester are those of the checkout's own tests.
+What it does: one browser and one page for the whole run, over a database that is empty when a test
+begins, and a tab that notes everything which no test may cause. What it does not: replace a server
+by a mock; broker, database and ingester are those of the checkout's own tests.
 
 Invariant: a test whose tab logged an error, broke the policy or asked another host fails.
 """
@@ -51,16 +51,39 @@ def servers_with_reader(servers: Stack) -> Stack:
     return servers
 
 
-@pytest.fixture
-def page(servers_with_reader: Stack, database: Database) -> Iterator[Page]:
-    """The page over the test's own database, which is empty, and ready."""
-    servers = servers_with_reader
-    page = Page(servers.folder, database)
-    with contextlib.ExitStack() as cleanup:
-        cleanup.callback(page.stop)
+@contextlib.contextmanager
+def page_over(servers: Stack, name: str) -> Iterator[Page]:
+    """A page over a new database of this name, ready."""
+    servers.postgres.create_database(name, template="qs")
+    page = Page(servers.folder, Database(servers.postgres, name))
+    try:
         page.start()
         page.wait_ready()
         yield page
+    finally:
+        page.stop()
+        servers.postgres.drop_database(name)
+
+
+@pytest.fixture(scope="session")
+def lasting_page(servers_with_reader: Stack) -> Iterator[Page]:
+    """The page that all tests have which leave the database as it is."""
+    with page_over(servers_with_reader, "page") as page:
+        yield page
+
+
+@pytest.fixture
+def page(lasting_page: Page) -> Page:
+    """The page, running, over an empty database."""
+    assert lasting_page.running, lasting_page.log_tail()
+    lasting_page.database.query("TRUNCATE events, dead_letters RESTART IDENTITY")
+    return lasting_page
+
+
+@pytest.fixture
+def database(page: Page) -> Database:
+    """That of the page."""
+    return page.database
 
 
 @pytest.fixture
