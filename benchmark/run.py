@@ -98,8 +98,8 @@ OTHER = Size(
 )
 SHORT = Size(
     rounds=1,
-    singles={"ingester": 15_000, "plain": 3_000},
-    arrays={"ingester": 600, "plain": 60},
+    singles={"ingester": 9_000, "plain": 1_500},
+    arrays={"ingester": 400, "plain": 30},
     latency_seconds={200: 3},
 )
 # Of this ingester and another one, by turns: an even number of rounds, so that each is first as

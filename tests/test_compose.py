@@ -220,6 +220,15 @@ def test_the_ingesters_image_holds_three_packages_and_no_other(stack: Compose) -
     assert names - {"pip"} == {"paho-mqtt", "psycopg2-binary", "python-dotenv"}
 
 
+@pytest.mark.parametrize("program", ["app", "deadletters.__main__", "top.__main__"])
+def test_no_start_in_the_image_compiles_what_it_imports(stack: Compose, program: str) -> None:
+    command = ("python", "-v", "-c", f"import ingester.{program}")
+    done = stack.run("docker", "compose", "exec", "-T", "ingester", *command)
+    sources = re.findall(r"# code object from '?(\S+?)'?\n", done.stderr)
+    assert len(sources) > 50, done.stderr
+    assert [path for path in sources if path.endswith(".py")] == []
+
+
 @both_brokers
 def test_the_log_says_that_both_connections_are_up_and_no_more(stack: Compose) -> None:
     connected, subscribed = stack.log("ingester").splitlines()[:2]

@@ -15,8 +15,6 @@ from pathlib import Path
 from tests.support.device import Device
 from tests.support.pipeline import Database
 
-BEGIN, END = "<!-- faults: begin -->", "<!-- faults: end -->"
-
 
 @dataclass(frozen=True)
 class Finding:
@@ -82,10 +80,11 @@ def table(findings: Iterable[Finding]) -> str:
     return "\n".join([names, rule, *(finding.row() for finding in findings)])
 
 
-def write_into(file: Path, text: str) -> None:
-    """Put the text between the two marks in the file."""
+def write_into(file: Path, name: str, text: str) -> None:
+    """Put the text between the two marks of this name in the file."""
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
     page = file.read_text()
-    pattern = re.compile(f"(?s)({re.escape(BEGIN)}\n).*?({re.escape(END)})")
+    pattern = re.compile(f"(?s)({re.escape(begin)}\n).*?({re.escape(end)})")
     page, count = pattern.subn(lambda match: f"{match[1]}{text}\n{match[2]}", page)
-    assert count == 1, f"{file.name} does not have the two marks {BEGIN} and {END}"
+    assert count == 1, f"{file.name} does not have the two marks {begin} and {end}"
     file.write_text(page)
