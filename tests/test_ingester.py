@@ -558,6 +558,7 @@ def test_the_heartbeat_beats_only_while_both_connections_are_up(
     heartbeat = tmp_path / "heartbeat"
     pipeline.ingester.environment["HEARTBEAT_FILE"] = str(heartbeat)
     pipeline.ingester.start()
+    pipeline.ingester.wait_ready()  # before, it is there for a moment: to see if it can be written
     wait_until(heartbeat.exists, "the first beat")
     pipeline.mosquitto.stop()
     pipeline.ingester.wait_for_log("WARNING MQTT: connection lost")
