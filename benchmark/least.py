@@ -1,9 +1,9 @@
-"""The least that one Python thread does for an event: what no change to the ingester can reach.
+"""The least that one Python thread can do for an event: a bound for what the ingester can reach.
 
 What it does: takes packets apart, parses the JSON, inserts a batch by one prepared statement, and
-answers and PUBACKs it by one send: the same packets, rows and ACKs as the ingester's, and as many
-calls into C as those take. What it does not: check anything, tell a repeated event from a conflict,
-keep a dead letter, read while the database works, have a deadline, or connect again.
+answers and PUBACKs it by one send, with the same rows and ACKs as the ingester's. What it does
+not: publish with QoS 1, check anything, tell a repeated event from a conflict, keep a dead letter,
+read while the database works, have a deadline, or connect again.
 
 Invariant: an ACK is sent only after the row is committed, and the PUBACK behind it.
 """
@@ -14,7 +14,7 @@ import signal
 import socket
 from typing import Any
 
-import psycopg2
+from benchmark.plain import connect
 
 BATCH_MAX = 500
 READ_BYTES_MAX = 262_144
@@ -69,24 +69,29 @@ def store(cursor: Any, events: list[dict[str, Any]]) -> None:
     """Insert the events, one array literal for each column."""
 
     def texts(name: str) -> str:
-        joined = "\0".join([event[name] for event in events])
-        escaped = joined.replace("\\", r"\\").replace('"', r"\"").replace("\0", '","')
-        return f'{{"{escaped}"}}'
+        return array([event[name] for event in events])
 
-    numbers = [",".join([repr(event[name]) for event in events]) for name in ("schema", "value")]
-    metas = "\0".join([_to_json(event["meta"]) for event in events])
-    metas = metas.replace("\\", r"\\").replace('"', r"\"").replace("\0", '","')
-    values = [texts("event_id"), texts("device_id"), f"{{{numbers[0]}}}", texts("event_type")]
-    values += [f"{{{numbers[1]}}}", texts("unit"), texts("ts_device"), f'{{"{metas}"}}']
+    def numbers(name: str) -> str:
+        return f"{{{','.join([repr(event[name]) for event in events])}}}"
+
+    metas = array([_to_json(event["meta"]) for event in events])
+    values = [texts("event_id"), texts("device_id"), numbers("schema"), texts("event_type")]
+    values += [numbers("value"), texts("unit"), texts("ts_device"), metas]
     cursor.execute(EXECUTE, values)
     cursor.fetchall()
+
+
+def array(texts: list[str]) -> str:
+    joined = "\0".join(texts)
+    escaped = joined.replace("\\", r"\\").replace('"', r"\"").replace("\0", '","')
+    return f'{{"{escaped}"}}'
 
 
 def answer(topic: bytes, packet_id: bytes, payload: Any) -> bytes:
     """Return the ACK, with QoS 0, and the PUBACK."""
     if isinstance(payload, list):
-        text = ", ".join([ACK % (event["event_id"], event["device_id"]) for event in payload])
-        body = f"[{text}]".encode()
+        acks = [ACK % (event["event_id"], event["device_id"]) for event in payload]
+        body = f"[{', '.join(acks)}]".encode()
     else:
         body = (ACK % (payload["event_id"], payload["device_id"])).encode()
     topic = topic.removesuffix(b"events") + b"acks"
@@ -105,18 +110,9 @@ def text(value: bytes) -> bytes:
 
 def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
-    env = os.environ
-    connection = psycopg2.connect(
-        host=env["POSTGRES_HOST"],
-        port=env["POSTGRES_PORT"],
-        dbname=env["POSTGRES_DB"],
-        user=env["POSTGRES_USER"],
-        password=env["POSTGRES_PASSWORD"],
-    )
-    connection.autocommit = True
-    cursor = connection.cursor()
+    cursor = connect().cursor()
     cursor.execute(PREPARE)
-    sock = socket.create_connection((env["MQTT_HOST"], int(env["MQTT_PORT"])))
+    sock = socket.create_connection((os.environ["MQTT_HOST"], int(os.environ["MQTT_PORT"])))
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     session = text(b"MQTT") + b"\x04\x00\x00\x00" + text(b"homelab-least")  # kept, no keep-alive
     subscription = b"\x00\x01" + text(b"qs/v1/+/events") + b"\x01"
@@ -128,15 +124,12 @@ def main() -> None:
         while waiting:
             batch = waiting[:BATCH_MAX]
             del waiting[:BATCH_MAX]
-            payloads = [payload for _, _, payload in batch]
-            store(
-                cursor,
-                [
-                    event
-                    for payload in payloads
-                    for event in (payload if isinstance(payload, list) else [payload])
-                ],
-            )
+            events = [
+                event
+                for _, _, payload in batch
+                for event in (payload if isinstance(payload, list) else [payload])
+            ]
+            store(cursor, events)
             sock.sendall(b"".join([answer(*message) for message in batch]))
 
 

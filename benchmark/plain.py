@@ -64,8 +64,8 @@ def on_message(client: paho.Client, cursor: Any, message: paho.MQTTMessage) -> N
     client.publish(f"qs/v1/{device_id}/acks", answer, qos=1)
 
 
-def main() -> None:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+def connect() -> Any:
+    """Return a connection to the database that the variables name; each statement commits."""
     env = os.environ
     connection = psycopg2.connect(
         host=env["POSTGRES_HOST"],
@@ -75,16 +75,21 @@ def main() -> None:
         password=env["POSTGRES_PASSWORD"],
     )
     connection.autocommit = True
+    return connection
+
+
+def main() -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     client = paho.Client(
         CallbackAPIVersion.VERSION2,
         client_id="homelab-plain",
         clean_session=False,
-        userdata=connection.cursor(),
+        userdata=connect().cursor(),
     )
     client.on_connect = on_connect
     client.on_subscribe = lambda *_: print("ready", flush=True)
     client.on_message = on_message
-    client.connect(env["MQTT_HOST"], int(env["MQTT_PORT"]))
+    client.connect(os.environ["MQTT_HOST"], int(os.environ["MQTT_PORT"]))
     client.loop_forever()
 
 

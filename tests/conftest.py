@@ -8,12 +8,10 @@ Invariant: nothing that a test started is running after it.
 """
 
 import dataclasses
-import itertools
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -23,10 +21,9 @@ sys.path.insert(0, str(CHECKOUT))
 
 from tests.support.device import event  # noqa: E402
 from tests.support.findings import Finding, table, write_into  # noqa: E402
-from tests.support.pipeline import Database, Pipeline  # noqa: E402
+from tests.support.pipeline import Database, Pipeline, new_database, new_pipeline  # noqa: E402
 from tools import process  # noqa: E402
-from tools.process import free_port  # noqa: E402
-from tools.stack import Mosquitto, Stack  # noqa: E402
+from tools.stack import Stack  # noqa: E402
 
 # A shell has the commands that it runs in the background ignore Ctrl-C, and they pass that on
 # to what they start; a test that sends it would wait in vain.
@@ -41,7 +38,6 @@ if _worker and _workers:
 # with the run, and what a killed server has written, the kernel keeps all the same.
 NO_WAIT_FOR_DISK = {"fsync": "off"}
 
-_number = itertools.count()
 _findings: list[tuple[str, int, int, Finding]] = []  # with the file, line and turn, to sort by
 
 
@@ -105,31 +101,6 @@ def servers(request: pytest.FixtureRequest) -> Iterator[Stack]:
     settings = {} if measures else NO_WAIT_FOR_DISK
     with Stack(with_ingester=False, postgres_settings=settings) as stack:
         yield stack
-
-
-@contextmanager
-def new_database(servers: Stack) -> Iterator[Database]:
-    """A new database with the schema."""
-    name = f"test_{next(_number)}"
-    # By one connection each: a psql for each of the two takes longer than the server does.
-    server = Database(servers.postgres, "postgres")
-    server.query(servers.postgres.create_database_sql(name, template="qs"))
-    yield Database(servers.postgres, name)
-    server.query(servers.postgres.drop_database_sql(name))
-
-
-@contextmanager
-def new_pipeline(servers: Stack, database: Database) -> Iterator[Pipeline]:
-    """A new broker, and an ingester between it and the database that is not started yet."""
-    with ExitStack() as cleanup:
-        folder = servers.folder / f"pipeline-{next(_number)}"
-        mosquitto = Mosquitto(folder, free_port(), free_port())
-        cleanup.callback(mosquitto.stop)
-        mosquitto.start()
-        mosquitto.wait_ready()
-        pipeline = Pipeline(mosquitto, database, folder)
-        cleanup.callback(pipeline.close)
-        yield pipeline
 
 
 @pytest.fixture

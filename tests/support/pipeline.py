@@ -4,11 +4,12 @@ What it does: puts them together, and looks into the database by a connection of
 What it does not: start the ingester; tests differ in when.
 """
 
+import itertools
 import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,10 @@ from ingester.event import Event
 from ingester.rejection import Rejection
 from ingester.store import Outcome, Store
 from tests.support.device import Device
-from tools.stack import Ingester, Mosquitto, Postgres
+from tools.process import free_port
+from tools.stack import Ingester, Mosquitto, Postgres, Stack
+
+_number = itertools.count()  # for names that no other has
 
 
 class Database:
@@ -98,6 +102,31 @@ class Pipeline:
         self.mosquitto.stop()  # which wakes it: else it looks for a signal twice a second
         code = self.ingester.stop()
         assert code in (0, -signal.SIGKILL), f"exit code {code}\n{self.ingester.log_tail()}"
+
+
+@contextmanager
+def new_database(servers: Stack) -> Iterator[Database]:
+    """A new database with the schema."""
+    name = f"test_{next(_number)}"
+    # By one connection each: a psql for each of the two takes longer than the server does.
+    server = Database(servers.postgres, "postgres")
+    server.query(servers.postgres.create_database_sql(name, template="qs"))
+    yield Database(servers.postgres, name)
+    server.query(servers.postgres.drop_database_sql(name))
+
+
+@contextmanager
+def new_pipeline(servers: Stack, database: Database) -> Iterator[Pipeline]:
+    """A new broker, and an ingester between it and the database that is not started yet."""
+    with ExitStack() as cleanup:
+        folder = servers.folder / f"pipeline-{next(_number)}"
+        mosquitto = Mosquitto(folder, free_port(), free_port())
+        cleanup.callback(mosquitto.stop)
+        mosquitto.start()
+        mosquitto.wait_ready()
+        pipeline = Pipeline(mosquitto, database, folder)
+        cleanup.callback(pipeline.close)
+        yield pipeline
 
 
 def insert(store: Store, events: Sequence[Event]) -> list[Outcome | Rejection]:

@@ -14,7 +14,7 @@ import pytest
 from playwright.sync_api import Browser, Playwright, expect, sync_playwright
 from support_page import PASSWORD, Page, Tab
 
-from tests.support.pipeline import Database, Pipeline
+from tests.support.pipeline import Database, Pipeline, new_database
 from tools.stack import Stack
 
 # Servers, a database and an ingester for each test.
@@ -52,23 +52,20 @@ def servers_with_reader(servers: Stack) -> Stack:
 
 
 @contextlib.contextmanager
-def page_over(servers: Stack, name: str) -> Iterator[Page]:
-    """A page over a new database of this name, ready."""
-    servers.postgres.create_database(name, template="qs")
-    page = Page(servers.folder, Database(servers.postgres, name))
-    try:
+def new_page(servers: Stack) -> Iterator[Page]:
+    """A page over a new database, ready."""
+    with new_database(servers) as database, contextlib.ExitStack() as cleanup:
+        page = Page(servers.folder, database)
+        cleanup.callback(page.stop)
         page.start()
         page.wait_ready()
         yield page
-    finally:
-        page.stop()
-        servers.postgres.drop_database(name)
 
 
 @pytest.fixture(scope="session")
 def lasting_page(servers_with_reader: Stack) -> Iterator[Page]:
     """The page that all tests have which leave the database as it is."""
-    with page_over(servers_with_reader, "page") as page:
+    with new_page(servers_with_reader) as page:
         yield page
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from conftest import OpenTab, page_over
+from conftest import OpenTab, new_page
 from page.database import ANSWER_SECONDS, CONNECT_SECONDS, FREE_SECONDS
 from playwright.sync_api import expect
 from support_page import PASSWORD, Page, Tab, ago, insert, readings
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.timeout(300)
 @pytest.fixture
 def page(servers_with_reader: Stack) -> Iterator[Page]:
     """A page of the test's own, over a database that it may change."""
-    with page_over(servers_with_reader, "away") as page:
+    with new_page(servers_with_reader) as page:
         yield page
 
 
