@@ -1,3 +1,3 @@
 """The ingester: takes events off MQTT and stores each in PostgreSQL exactly once."""
 
-__version__ = "0.7.2"
+__version__ = "0.7.3"
