@@ -560,7 +560,7 @@ def assert_stay_connected(stack: SecureStack) -> None:
 
     Once a second Mosquitto 2.0 may end whoever got the memory of a session that it has freed.
     """
-    for turn in range(15):
+    for turn in range(10):
         with stack.client("alpha") as alpha, stack.client("beta") as beta:
             assert alpha.ask(event(f"others-{turn}", "alpha"))["status"] in ("stored", "duplicate")
             assert not alpha.ended.wait(0.2)
