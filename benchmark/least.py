@@ -1,20 +1,20 @@
 """The least that one Python thread can do for an event: a bound for what the ingester can reach.
 
-What it does: takes packets apart, parses the JSON, inserts a batch by one prepared statement, and
-answers and PUBACKs it by one send, with the same rows and ACKs as the ingester's. What it does
-not: publish with QoS 1, check anything, tell a repeated event from a conflict, keep a dead letter,
-read while the database works, have a deadline, or connect again.
+What it does: takes packets apart, takes the fields out by the ingester's pattern, inserts a batch
+by one prepared statement, and answers and PUBACKs it by one send, with the same rows and ACKs. What
+it does not: publish with QoS 1, check what the pattern does not, tell a repeated event from a
+conflict, keep a dead letter, read while the database works, have a deadline, or connect again.
 
 Invariant: an ACK is sent only after the row is committed, and the PUBACK behind it.
 """
 
-import json
 import os
 import signal
 import socket
 from typing import Any
 
 from benchmark.plain import connect
+from ingester.pattern import Fields, recognise
 
 BATCH_MAX = 500
 READ_BYTES_MAX = 262_144
@@ -38,12 +38,10 @@ PREPARE = (
 EXECUTE = f"EXECUTE least ({', '.join(['%s'] * len(COLUMNS))})"
 ACK = '{"schema": 1, "event_id": "%s", "device_id": "%s", "status": "stored"}'
 
-Waiting = list[tuple[bytes, bytes, Any]]  # topic, packet id, event or array of events
-
-_to_json = json.JSONEncoder(ensure_ascii=False).encode
+Message = tuple[bytes, bytes, list[Fields], bool]  # topic, packet id, events, are they an array
 
 
-def take_apart(data: bytes, waiting: Waiting) -> bytes:
+def take_apart(data: bytes, waiting: list[Message]) -> bytes:
     """Add what was published to `waiting`; return the beginning of what has not come whole."""
     begin, size = 0, len(data)
     while begin + 2 <= size:
@@ -58,42 +56,35 @@ def take_apart(data: bytes, waiting: Waiting) -> bytes:
         if data[begin] & 0xF0 == PUBLISH:
             topic_end = body + 2 + (data[body] << 8 | data[body + 1])
             topic, packet_id = data[body + 2 : topic_end], data[topic_end : topic_end + 2]
-            waiting.append((topic, packet_id, json.loads(data[topic_end + 2 : end])))
+            if not (found := recognise(data[topic_end + 2 : end])):
+                raise ValueError(
+                    f"not as the benchmark's devices write it: {data[topic_end:end]!r}"
+                )
+            waiting.append((topic, packet_id, *found))
         elif data[begin] == SUBACK:
             print("ready", flush=True)
         begin = end
     return data[begin:]
 
 
-def store(cursor: Any, events: list[dict[str, Any]]) -> None:
+def store(cursor: Any, events: list[Fields]) -> None:
     """Insert the events, one array literal for each column."""
-
-    def texts(name: str) -> str:
-        return array([event[name] for event in events])
-
-    def numbers(name: str) -> str:
-        return f"{{{','.join([repr(event[name]) for event in events])}}}"
-
-    metas = array([_to_json(event["meta"]) for event in events])
-    values = [texts("event_id"), texts("device_id"), numbers("schema"), texts("event_type")]
-    values += [numbers("value"), texts("unit"), texts("ts_device"), metas]
-    cursor.execute(EXECUTE, values)
+    ids, devices, schemas, types, numbers, _, units, moments, metas = zip(*events, strict=True)
+    columns = (ids, devices, schemas, types, numbers, units, moments, metas)
+    cursor.execute(EXECUTE, [array(column) for column in columns])
     cursor.fetchall()
 
 
-def array(texts: list[str]) -> str:
+def array(texts: tuple[str, ...]) -> str:
     joined = "\0".join(texts)
     escaped = joined.replace("\\", r"\\").replace('"', r"\"").replace("\0", '","')
     return f'{{"{escaped}"}}'
 
 
-def answer(topic: bytes, packet_id: bytes, payload: Any) -> bytes:
+def answer(topic: bytes, packet_id: bytes, events: list[Fields], is_array: bool) -> bytes:
     """Return the ACK, with QoS 0, and the PUBACK."""
-    if isinstance(payload, list):
-        acks = [ACK % (event["event_id"], event["device_id"]) for event in payload]
-        body = f"[{', '.join(acks)}]".encode()
-    else:
-        body = (ACK % (payload["event_id"], payload["device_id"])).encode()
+    acks = ", ".join([ACK % event[:2] for event in events])
+    body = (f"[{acks}]" if is_array else acks).encode()
     topic = topic.removesuffix(b"events") + b"acks"
     return packet(PUBLISH, len(topic).to_bytes(2, "big") + topic + body) + PUBACK + packet_id
 
@@ -117,19 +108,14 @@ def main() -> None:
     session = text(b"MQTT") + b"\x04\x00\x00\x00" + text(b"homelab-least")  # kept, no keep-alive
     subscription = b"\x00\x01" + text(b"qs/v1/+/events") + b"\x01"
     sock.sendall(packet(CONNECT, session) + packet(SUBSCRIBE, subscription))
-    waiting: Waiting = []
+    waiting: list[Message] = []
     rest = b""
     while data := sock.recv(READ_BYTES_MAX):
         rest = take_apart(rest + data, waiting)
         while waiting:
             batch = waiting[:BATCH_MAX]
             del waiting[:BATCH_MAX]
-            events = [
-                event
-                for _, _, payload in batch
-                for event in (payload if isinstance(payload, list) else [payload])
-            ]
-            store(cursor, events)
+            store(cursor, [event for _, _, events, _ in batch for event in events])
             sock.sendall(b"".join([answer(*message) for message in batch]))
 
 

@@ -24,6 +24,7 @@ STAGES = {
     "Broker.serve": "read MQTT while the database works",
     "Broker.receive": "read MQTT",
     "PacketReader.packets": "take packets apart",
+    "recognise": "recognise events",
     "_parse": "parse JSON",
     "_meta": "write meta as JSON",
     "_columns": "write the arrays for SQL",

@@ -17,6 +17,15 @@ from datetime import UTC, datetime, tzinfo
 from functools import cache, lru_cache
 from typing import Any, NamedTuple, TypeGuard
 
+from ingester.pattern import (
+    DEVICE_ID,
+    EVENT_ID_CHARS_MAX,
+    EVENT_TYPE_CHARS_MAX,
+    TIMESTAMP,
+    UNIT_CHARS_MAX,
+    Fields,
+    recognise,
+)
 from ingester.payload import NotJSONError, begins_array, event_ids, holds_numbers, parse
 from ingester.rejection import Reason, Rejection
 
@@ -28,20 +37,15 @@ PAYLOAD_BYTES_MAX = 262_144
 # max_packet_size (mosquitto.conf): 1,000 answers of at most 1.4 kB.
 ARRAY_EVENTS_MAX = 1_000
 META_NESTING_MAX = 32
-EVENT_ID_CHARS_MAX = 200
 # Each answer repeats the topic's device id, which can have 65 kB: of many, there is then one.
 DEVICE_ID_ANSWERED_CHARS_MAX = 64
 # Of a field's name in the text of a rejection.
 NAME_CHARS_MAX = 50
 
-_DEVICE_ID = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
+_DEVICE_ID = re.compile(DEVICE_ID)
 _NUMBER_RULE = "expected a finite number, got nan, an infinity or one too large for a double"
 _DEVICE_ID_RULE = "device_id: expected 1 to 64 characters of A-Z a-z 0-9 _ . : -"
-# The profile of ISO 8601 that RFC 3339 has, plus an absent, short or colonless offset.
-_TIMESTAMP = re.compile(
-    r"[0-9]{4}-[0-9]{2}-[0-9]{2}T([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](\.[0-9]+)?"
-    r"(Z|[+-]([01][0-9]|2[0-3])(:?[0-5][0-9])?)?"
-)
+_TIMESTAMP = re.compile(TIMESTAMP)
 # What PostgreSQL's text cannot hold: U+0000, and halves of a surrogate pair.
 _UNSTORABLE = re.compile("[\0\ud800-\udfff]")
 _UNSTORABLE_OR_CONTROL = re.compile("[\0-\x1f\x7f-\x9f\ud800-\udfff]")
@@ -94,6 +98,10 @@ def decode(device_id: str, payload: bytes, default_tz: tzinfo) -> Decoded:
     `device_id` is the topic's; `default_tz` applies to a ts_device without an offset. Never
     raises.
     """
+    if len(payload) <= PAYLOAD_BYTES_MAX and (recognised := recognise(payload)):
+        found, is_array = recognised
+        if events := _recognised(found, device_id, default_tz):
+            return Decoded(events, is_array, False)
     try:
         document, is_plain = _parse(payload)
     except _Refused as refused:
@@ -107,6 +115,28 @@ def decode(device_id: str, payload: bytes, default_tz: tzinfo) -> Decoded:
         ids = [item.get("event_id") for item in document if isinstance(item, dict)]
         return _all_refused(refused_array, ids, True, device_id)
     return Decoded([result(item, device_id, default_tz) for item in document], True, False)
+
+
+def _recognised(found: Sequence[Fields], device_id: str, default_tz: tzinfo) -> list[Event] | None:
+    """Return the events; None if something is wrong, which parsing will find again and tell."""
+    if len(found) > ARRAY_EVENTS_MAX:
+        return None
+    events = []
+    for event_id, sent_device_id, schema, event_type, number, text, unit, sent_at, meta in found:
+        if not (event_id and event_type and schema) or sent_device_id != device_id:
+            return None
+        value = None if number is None else float(number)
+        # Too large; or a text is there as well.
+        if value is not None and (math.isinf(value) or text is not None):
+            return None
+        try:
+            ts_device = None if sent_at is None else _moment(sent_at, default_tz)
+        except (ValueError, OverflowError):
+            return None
+        meta = meta or "{}"
+        event = Event(event_id, device_id, SCHEMA, event_type, value, text, unit, ts_device, meta)
+        events.append(event)
+    return events
 
 
 def _refused_array(document: list[Any], device_id: str) -> _Refused | None:
@@ -192,9 +222,9 @@ def _event(fields: dict[str, Any], device_id: str, default_tz: tzinfo) -> Event:
     _check_schema(_required(fields, "schema"))
     event_id = _text(_required(fields, "event_id"), "event_id", 1, EVENT_ID_CHARS_MAX)
     _check_device_id(_required(fields, "device_id"), device_id)
-    event_type = _text(_required(fields, "event_type"), "event_type", 1, 100)
+    event_type = _text(_required(fields, "event_type"), "event_type", 1, EVENT_TYPE_CHARS_MAX)
     value_num, value_text = _value(fields.get("value"))
-    unit = None if fields.get("unit") is None else _text(fields["unit"], "unit", 0, 50)
+    unit = None if fields.get("unit") is None else _text(fields["unit"], "unit", 0, UNIT_CHARS_MAX)
     ts_device = _timestamp(fields.get("ts_device"), default_tz)
     meta = _meta(fields.get("meta"))
     return Event(
@@ -271,13 +301,18 @@ def _timestamp(value: Any, default_tz: tzinfo) -> datetime | None:
         raise _mistyped("ts_device", "a string", value)
     if _TIMESTAMP.fullmatch(value):
         try:
-            moment = datetime.fromisoformat(value)
-            if moment.tzinfo is None:
-                moment = moment.replace(tzinfo=default_tz)
-            return moment.astimezone(UTC)
-        except (ValueError, OverflowError):  # 30 February; year 1 at +14:00
+            return _moment(value, default_tz)
+        except (ValueError, OverflowError):
             pass
     raise _invalid("ts_device: expected ISO 8601 date and time, such as 2026-02-10T00:00:00Z")
+
+
+def _moment(timestamp: str, default_tz: tzinfo) -> datetime:
+    """Raise ValueError for 30 February, OverflowError for year 1 at +14:00."""
+    moment = datetime.fromisoformat(timestamp)
+    if moment.tzinfo is None:
+        moment = moment.replace(tzinfo=default_tz)
+    return moment.astimezone(UTC)
 
 
 def _meta(value: Any) -> str:

@@ -352,6 +352,14 @@ COSTLY = {
     "nested 85 deep": filled(b"[", GOOD % (b"a", b'{"a":' * 85 + b"1" + b"}" * 85) + b",", b"0]"),
     "nested at the limit": filled(b"[" * 64, b"[[]],", b"0" + b"]" * 64),
     "nested as a whole": lambda size: b"[" * (size // 2) + b"]" * (size // 2),
+    "a field again and again": filled(b"{", b'"unit":"",', b'"unit":""}'),
+    "a field again and again, cut off": filled(b"{", b'"unit":"",'),
+    "a text that does not end": filled(b'{"value":"', b"x"),
+    "digits of a field": filled(b'{"value":', b"9", b"}"),
+    "spaces of a field": filled(b'{"value":', b" "),
+    "members of meta": filled(b'{"meta":{', b'"":0.1,', b'"":0.1}}'),
+    "members of meta, cut off": filled(b'{"meta":{', b'"":0.1,'),
+    "events, cut off": filled(b"[", b'{"event_id":"a"},', b"{"),
     "a wide meta": filled(b'{"event_id":"a","meta":{"a":[', b"[0],", b"nan]}}"),
 }
 

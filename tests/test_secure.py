@@ -68,6 +68,7 @@ def whole_stack(
             stack.add_device("alpha")  # before the first start
             stack.up("--build")
             stack.add_device("beta")
+            stack.wait_healthy()
             yield stack
 
 

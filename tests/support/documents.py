@@ -32,6 +32,7 @@ BLOCKS = {
 
 _ANOTHER_MACHINE = "is for another machine"
 _ITSELF = "runs these tests"
+_REGISTRY = "asks a container registry"
 _NAMED = "is only named; the whole command stands elsewhere and is typed there"
 _MACHINE = "changes the machine; test_systemd.py has systemd read the units"
 _STACK = "test_stack.py runs it, on ports and with data of its own"
@@ -59,6 +60,7 @@ NOT_TYPED = {
     "tools/stack exec --port-offset 10000 ...": _NAMED,
     "tools/stack exec python -m ingester.deadletters ...": _NAMED,
     "tools/stack restore backup.dump": _STACK,
+    "docker compose pull mosquitto": _REGISTRY,
     "docker compose exec SERVICE": _NAMED,
     "sudo systemctl disable --now mosquitto postgresql": _MACHINE,
     "useradd --system --no-create-home --shell /usr/sbin/nologin homelab-telemetry": _MACHINE,
