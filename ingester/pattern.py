@@ -56,7 +56,7 @@ _EVENT_MEMBER = _members(
     _member("ts_device", rf'"({TIMESTAMP})"'),
     _member("meta", rf"({_META})"),
 )
-_EVENT = re.compile(rf"{_SPACE}\{{{_SPACE}{_EVENT_MEMBER}*\}}{_SPACE}")
+_EVENT = re.compile(rf"{_SPACE}\{{{_SPACE}{_EVENT_MEMBER}+\}}{_SPACE}")
 
 
 def recognise(payload: bytes) -> tuple[list[Fields], bool] | None:
