@@ -29,9 +29,9 @@ _CHAR = r'[^"\\\0-\x1f\x7f-\x9f]'  # neither escaped nor a control character
 _SPACE = r"[ \t\r\n]*+"  # RFC 8259, section 2
 # Not -0: JSON has it as an integer, and so without its sign.
 _NUMBER = r"(?:-?[1-9][0-9]*|-0(?=\.)|0)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?"
-# At most 15 digits, the last of a fraction not 0: else PostgreSQL shows it otherwise than the
-# double that event.py makes of it.
-_META_NUMBER = r"(?:-?[1-9][0-9]{0,8}|-0(?=\.)|0)(?:\.(?:0|[0-9]{0,5}[1-9]))?"
+# An integer that Python writes as it is, or a fraction of at most 15 digits whose last is not 0:
+# of any other, PostgreSQL would show something else than of the double that event.py makes of it.
+_META_NUMBER = r"(?:-?[1-9][0-9]{0,17}+|0|-?(?:[1-9][0-9]{0,8}+|0)\.(?:0|[0-9]{0,5}[1-9]))"
 
 
 def _members(*members: str) -> str:

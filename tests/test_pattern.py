@@ -32,7 +32,8 @@ KNOWN = {
     "an empty text": json.dumps(VALID | {"value": "", "unit": ""}),
     "an empty meta": json.dumps(VALID | {"meta": {}}),
     "all that meta may hold": ONE.replace(
-        '{"room": "attic"}', '{"a":"","b":-1.5,"c":0.000001,"d":true,"e":false,"f":null,"":5.0}'
+        '{"room": "attic"}',
+        '{"a":"","b":-1.5,"c":0.000001,"g":1700000000000,"d":true,"e":false,"f":null,"":5.0}',
     ),
     "an exponent": ONE.replace("21.5", "-2.15e+1"),
     "an offset": ONE.replace("00Z", "00.123456+05:30"),
@@ -63,7 +64,11 @@ UNSURE = {
     "a byte order mark": "\ufeff" + ONE,
     "a NUL at the end": ONE + "\0",
     "a zero that PostgreSQL would keep": ONE.replace('"attic"', "1.50"),
-    "a number of meta that a double cannot hold": ONE.replace('"attic"', "1234567890.1234567"),
+    "minus zero in meta": ONE.replace('"attic"', "-0"),
+    "an exponent in meta": ONE.replace('"attic"', "1e5"),
+    "a fraction of 16 digits": ONE.replace('"attic"', "1234567890.123457"),
+    "another one": ONE.replace('"attic"', "123456789.1234567"),
+    "an integer of 19 digits": ONE.replace('"attic"', "1234567890123456789"),
 }
 
 
@@ -97,10 +102,15 @@ def test_of_a_value_that_is_there_twice_the_last_one_counts(
 def test_meta_is_in_postgresql_what_parsing_would_have_made_of_it(database: Database) -> None:
     numbers = map(
         "".join,
-        product(["", "-"], ["0", "7", "100", "123456789"], ["", ".0", ".5", ".000001", ".100001"]),
+        product(["", "-"], ["0", "7", "100", "987654321"], ["", ".0", ".5", ".000001", ".999999"]),
     )
     texts = [f'{{"n":{number}}}' for number in numbers if number != "-0"]
-    texts += ['{ "b" :1,"a": "°", "b":2.5 }', "{}", '{"":null,"\u2028":true}']
+    texts += [
+        '{"n":123456789012345678}',
+        '{ "b" :1,"a": "°", "b":2.5 }',
+        "{}",
+        '{"":null,"\u2028":true}',
+    ]
     metas = [(_meta_of(text, recognised=True), _meta_of(text, recognised=False)) for text in texts]
     assert any(by_pattern != parsed for by_pattern, parsed in metas)
     other = "SELECT * FROM unnest(%s, %s) AS t (a, b) WHERE a::jsonb::text <> b::jsonb::text"
