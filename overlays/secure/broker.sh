@@ -4,7 +4,6 @@
 #   broker.sh start           as root, which the broker then ceases to be
 #   broker.sh reload [USER]   as the broker's own user; also ends the session under this name.
 #                             5: it takes nobody in; 6: this version cannot. Then restart it.
-#   broker.sh wait            until devices can come in
 #
 # A session outlives its client's password, with all that was subscribed and queued. A client
 # that connects under its name with a clean session ends it.
@@ -150,7 +149,4 @@ reload)
         end_session "$2" || exit 5
         if [ -e "$removed" ]; then forget "$2"; fi
     fi ;;
-wait)
-    # It listens (22B3 is 8883). A large file of sessions takes long to read.
-    timeout 120 sh -c 'until grep -q ":22B3 0*:0000 0A" /proc/net/tcp*; do sleep 0.1; done' ;;
 esac
