@@ -32,6 +32,7 @@ from devices.python import telemetry
 from devices.python.telemetry.event import event_bytes, timestamp_text
 from ingester.event import Event, decode
 from ingester.rejection import Rejection
+from tests.support.each import cases
 
 DATA = Path(__file__).with_name("data")
 BERLIN = ZoneInfo("Europe/Berlin")
@@ -88,14 +89,14 @@ def test_each_recorded_message_becomes_what_is_written_beside_it() -> None:
         assert made.dead_end is None
 
 
-@pytest.mark.parametrize("message", FOREIGN, ids=lambda each: each["topic"])
+@cases("message", FOREIGN, ids=lambda each: each["topic"])
 def test_a_stored_copy_is_an_old_state(message: dict[str, Any]) -> None:
     made = sent(translator(), message["topic"], payload(message), retained=True)
     assert made.events == []
     assert made.skipped
 
 
-@pytest.mark.parametrize("message", FOREIGN, ids=lambda each: each["topic"])
+@cases("message", FOREIGN, ids=lambda each: each["topic"])
 def test_a_message_sent_twice_has_the_same_ids_if_it_has_a_time(message: dict[str, Any]) -> None:
     to = translator()
     first = sent(to, message["topic"], payload(message))
@@ -125,7 +126,7 @@ def test_dead_ends_are_few_also_over_restarts() -> None:
 # --- values ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
+@cases(
     ("text", "value", "unit"),
     [
         *(("21.5", 21.5, None), ("-3", -3, None), ("+4", 4, None), ("0", 0, None)),
@@ -154,7 +155,7 @@ def test_what_a_text_says(text: str, value: object, unit: str | None) -> None:
     assert of_text(text, "temperature") == (value, unit)
 
 
-@pytest.mark.parametrize(
+@cases(
     "text",
     ["", " ", "\0", "nan", "NaN", "-nan", "None", "null", "unavailable", "unknown", "inf", "NULL"],
 )
@@ -162,7 +163,7 @@ def test_what_says_that_there_is_no_value(text: str) -> None:
     assert of_text(text, "x").value is None
 
 
-@pytest.mark.parametrize(
+@cases(
     "key", ["id", "Id", "Meter_id", "mac", "serial", "BSSId", "fw_ver", "installed_version", "eui"]
 )
 def test_under_the_name_of_an_id_digits_are_a_text(key: str) -> None:
@@ -170,7 +171,7 @@ def test_under_the_name_of_an_id_digits_are_a_text(key: str) -> None:
     assert of_json(4711, key).value == "4711"
 
 
-@pytest.mark.parametrize("key", ["humid", "grid", "power", "Temperature", "liquid", "period"])
+@cases("key", ["humid", "grid", "power", "Temperature", "liquid", "period"])
 def test_other_names_are_not_taken_for_that_of_an_id(key: str) -> None:
     assert of_text("4711", key).value == 4711
 
@@ -393,12 +394,12 @@ def test_bytes_of_a_program_that_knows_no_utf_8_are_a_number_if_they_are_one() -
     assert [(r.value, r.unit) for r in made.events] == [(21.5, "°C")]
 
 
-@pytest.mark.parametrize("topic", ["$SYS/broker/uptime", "a/b/set", "cmnd/x/POWER"])
+@cases("topic", ["$SYS/broker/uptime", "a/b/set", "cmnd/x/POWER"])
 def test_a_template_for_everything_brings_no_command_either(topic: str) -> None:
     assert not sent(translator("plain", topic="{device}/{event_type...}"), topic, "1").events
 
 
-@pytest.mark.parametrize(
+@cases(
     ("topic", "text"),
     [
         ("zigbee2mqtt/x/set", '{"state":"ON"}'),
@@ -428,7 +429,7 @@ def test_commands_discovery_and_logs_are_no_readings(topic: str, text: str) -> N
 # --- what is too much --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
+@cases(
     ("text", "why"),
     [
         ("{" + '"a":1,' * 5, bridge.NOT_JSON),
@@ -501,7 +502,7 @@ def test_stored_copies_with_a_time_are_taken_where_that_is_wanted() -> None:
     assert not sent(to, "zigbee2mqtt/x", '{"power":1}', retained=True).events
 
 
-@pytest.mark.parametrize(
+@cases(
     ("one", "other", "expected"),
     [
         *(("a/b", "a/b", True), ("a/+", "a/b", True), ("a/#", "a/b/c", True), ("a/#", "a", True)),
@@ -521,7 +522,7 @@ def test_no_session_has_two_filters_that_overlap() -> None:
             assert not any(overlap(one, other) for other in group[index + 1 :])
 
 
-@pytest.mark.parametrize("text", ["a/{device", "a/b+", "a/#", "{device}/{device}", "a/x{device}"])
+@cases("text", ["a/{device", "a/b+", "a/#", "{device}/{device}", "a/x{device}"])
 def test_a_template_that_is_none_is_refused(text: str) -> None:
     with pytest.raises(TemplateError):
         compile_template(text)

@@ -25,6 +25,7 @@ from ingester.event import PAYLOAD_BYTES_MAX, Decoded, Event, decode
 from ingester.pattern import recognise
 from ingester.payload import elements
 from ingester.rejection import Reason, Rejection
+from tests.support.each import cases
 
 DEVICE = "esp32-01"
 VALID = {
@@ -130,7 +131,7 @@ def test_a_minimal_event_has_nulls_and_an_empty_meta() -> None:
     )
 
 
-@pytest.mark.parametrize("name", REQUIRED)
+@cases("name", REQUIRED)
 def test_a_required_field_that_is_absent_is_a_missing_field(name: str) -> None:
     rejection = refused(payload_without(name))
     assert rejection.reason is Reason.MISSING_FIELD
@@ -143,13 +144,13 @@ def test_of_several_faults_the_first_in_the_order_of_the_contract_is_told() -> N
     assert refused(b'{"schema": 1, "event_id": ""}').error.startswith("event_id: ")
 
 
-@pytest.mark.parametrize("name", REQUIRED)
+@cases("name", REQUIRED)
 def test_a_required_field_that_is_null_is_an_invalid_field(name: str) -> None:
     rejection = assert_refused_field(payload_of(**{name: None}), name)
     assert rejection.error.endswith("got null")
 
 
-@pytest.mark.parametrize("name", ["value", "unit", "ts_device", "meta"])
+@cases("name", ["value", "unit", "ts_device", "meta"])
 def test_an_optional_field_that_is_null_is_as_if_it_were_absent(name: str) -> None:
     assert accepted(payload_of(**{name: None})) == accepted(payload_without(name))
 
@@ -174,7 +175,7 @@ EXPECTED_KIND = {
 }
 
 
-@pytest.mark.parametrize(
+@cases(
     ("name", "kind"),
     [
         (name, kind)
@@ -203,7 +204,7 @@ def test_field_names_are_case_sensitive() -> None:
     assert refused(payload_without("schema")[:-1] + b', "Schema": 1}').error == "schema is required"
 
 
-@pytest.mark.parametrize(
+@cases(
     "ignored",
     ["1", "null", '"\\ud800"', '"\\u0000"', "[[]]", '{"a": {"b": [true]}}', '"' + "x" * 9999 + '"'],
 )
@@ -214,7 +215,7 @@ def test_any_other_field_is_ignored(ignored: str) -> None:
 # --- schema --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", ["0", "2", "-1", "10", "1" + "0" * 300])
+@cases("number", ["0", "2", "-1", "10", "1" + "0" * 300])
 def test_another_schema_number_is_an_unsupported_schema(number: str) -> None:
     rejection = refused(payload_with("schema", number))
     assert rejection.reason is Reason.UNSUPPORTED_SCHEMA
@@ -222,9 +223,7 @@ def test_another_schema_number_is_an_unsupported_schema(number: str) -> None:
     assert len(rejection.error) < 100
 
 
-@pytest.mark.parametrize(
-    "value", ["1.0", "1e0", "true", "false", '"1"', "0.0", "2.5", '""', "[1]", "{}", "null"]
-)
+@cases("value", ["1.0", "1e0", "true", "false", '"1"', "0.0", "2.5", '""', "[1]", "{}", "null"])
 def test_schema_is_an_integer_and_nothing_that_python_finds_equal(value: Any) -> None:
     assert_refused_field(payload_with("schema", value), "schema")
 
@@ -240,8 +239,8 @@ TEXTS = [("event_id", 1, 200), ("event_type", 1, 100), ("unit", 0, 50)]
 ONE_CHARACTER = ["x", "ä", "\u2028", "\uffff", "\U0001f600", "\U0010ffff", '"', "\\", "'", " "]
 
 
-@pytest.mark.parametrize("char", ONE_CHARACTER)
-@pytest.mark.parametrize(("name", "chars_min", "chars_max"), TEXTS)
+@cases("char", ONE_CHARACTER)
+@cases(("name", "chars_min", "chars_max"), TEXTS)
 def test_a_text_may_be_as_long_as_its_limit_in_code_points(
     name: str, chars_min: int, chars_max: int, char: str
 ) -> None:
@@ -256,7 +255,7 @@ def test_a_text_may_be_as_long_as_its_limit_in_code_points(
     )
 
 
-@pytest.mark.parametrize("name", ["event_id", "event_type"])
+@cases("name", ["event_id", "event_type"])
 def test_a_required_text_may_not_be_empty(name: str) -> None:
     rejection = assert_refused_field(payload_of(**{name: ""}), name)
     assert rejection.error.endswith("got 0")
@@ -271,21 +270,21 @@ def test_a_combining_accent_counts_as_a_character_of_its_own() -> None:
     assert_refused_field(payload_of(unit="e\u0301" * 25 + "\u0301"), "unit")
 
 
-@pytest.mark.parametrize("name", [name for name, _, _ in TEXTS])
+@cases("name", [name for name, _, _ in TEXTS])
 def test_a_text_holds_no_control_character_wherever_it_stands(name: str) -> None:
     for char in ["\0", *CONTROLS]:
         for text in (char, "a" + char, char + "a", "a" + char + "a"):
             assert_refused_field(payload_of(**{name: text}), name)
 
 
-@pytest.mark.parametrize("name", [name for name, _, _ in TEXTS])
-@pytest.mark.parametrize("text", HALVES, ids=ascii)
+@cases("name", [name for name, _, _ in TEXTS])
+@cases("text", HALVES, ids=ascii)
 def test_a_text_holds_no_half_of_a_surrogate_pair(name: str, text: str) -> None:
     assert_refused_field(payload_of(**{name: text}), name)
 
 
-@pytest.mark.parametrize("char", [" ", "~", "\u00a0", "\u00ad", "\ud7ff", "\ue000", "\ufeff"])
-@pytest.mark.parametrize("name", [name for name, _, _ in TEXTS])
+@cases("char", [" ", "~", "\u00a0", "\u00ad", "\ud7ff", "\ue000", "\ufeff"])
+@cases("name", [name for name, _, _ in TEXTS])
 def test_the_neighbours_of_what_is_forbidden_are_allowed(name: str, char: str) -> None:
     assert getattr(accepted(payload_of(**{name: char})), name) == char
 
@@ -293,12 +292,12 @@ def test_the_neighbours_of_what_is_forbidden_are_allowed(name: str, char: str) -
 # --- device_id -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("device_id", [*(string.ascii_letters + string.digits + "_.:-"), "x" * 64])
+@cases("device_id", [*(string.ascii_letters + string.digits + "_.:-"), "x" * 64])
 def test_a_device_id_may_have_64_characters_of_the_set(device_id: str) -> None:
     assert accepted(payload_of(device_id=device_id), device_id=device_id).device_id == device_id
 
 
-@pytest.mark.parametrize(
+@cases(
     "device_id",
     [
         *("", "x" * 65, "a" * 200, "a b", "a/b", "a+", "#", "a,", "$SYS", "{device_id}"),
@@ -316,7 +315,7 @@ def test_a_device_id_out_of_the_set_is_refused_even_where_the_topic_has_the_same
     assert refused(payload).error == rejection.error
 
 
-@pytest.mark.parametrize("device_id", ["esp32-02", "ESP32-01", "esp32-0", "esp32-011", "e"])
+@cases("device_id", ["esp32-02", "ESP32-01", "esp32-0", "esp32-011", "e"])
 def test_a_device_id_that_is_not_the_topics_is_a_mismatch(device_id: str) -> None:
     rejection = refused(payload_of(device_id=device_id))
     assert rejection.reason is Reason.DEVICE_MISMATCH
@@ -334,7 +333,7 @@ DOUBLE_MAX = 2**1024 - 2**971
 DOUBLE_OVERFLOW = 2**1024 - 2**970
 
 
-@pytest.mark.parametrize(
+@cases(
     ("value_json", "value_num"),
     [
         ("0", 0.0),
@@ -375,7 +374,7 @@ NOT_NUMBERS = ["+1", ".5", "1.", "01", "0x1", "nano", "--nan", "na", "infinit", 
 PLACES_OF_A_NUMBER = ["value", "schema", "event_id", "ts_device", "meta", "firmware"]
 
 
-@pytest.mark.parametrize("number", OVERFLOWS, ids=lambda text: text[:16])
+@cases("number", OVERFLOWS, ids=lambda text: text[:16])
 def test_a_number_too_large_for_a_double_costs_its_event_where_it_is_looked_at(number: str) -> None:
     other = payload_of(event_id="other")
     event = payload_with("value", number)
@@ -389,7 +388,7 @@ def test_a_number_too_large_for_a_double_costs_its_event_where_it_is_looked_at(n
     assert beside == accepted(ignored)
 
 
-@pytest.mark.parametrize("number", ["1e400", "-1.8e308", "9" * 5000])
+@cases("number", ["1e400", "-1.8e308", "9" * 5000])
 def test_a_number_in_meta_is_a_double_or_an_integer_of_up_to_4300_digits(number: str) -> None:
     assert (
         "finite number"
@@ -399,8 +398,8 @@ def test_a_number_in_meta_is_a_double_or_an_integer_of_up_to_4300_digits(number:
     assert accepted(payload_with("meta", f'{{"a":{exact}}}')).meta == f'{{"a": {exact}}}'
 
 
-@pytest.mark.parametrize("place", PLACES_OF_A_NUMBER)
-@pytest.mark.parametrize("number", NOT_FINITE, ids=lambda text: text[:16])
+@cases("place", PLACES_OF_A_NUMBER)
+@cases("number", NOT_FINITE, ids=lambda text: text[:16])
 def test_a_number_that_is_none_costs_its_event_wherever_it_stands(place: str, number: str) -> None:
     for value_json in (number, f"[{number}]", f'{{"a": {{"b": [0, {number} ]}}}}'):
         event = payload_with(place, value_json)
@@ -412,8 +411,8 @@ def test_a_number_that_is_none_costs_its_event_wherever_it_stands(place: str, nu
         assert results_of(array_of(event, other, event)) == [rejection, accepted(other), rejection]
 
 
-@pytest.mark.parametrize("place", PLACES_OF_A_NUMBER)
-@pytest.mark.parametrize("number", NOT_NUMBERS)
+@cases("place", PLACES_OF_A_NUMBER)
+@cases("number", NOT_NUMBERS)
 def test_what_is_no_number_at_all_is_no_json_wherever_it_stands(place: str, number: str) -> None:
     for value_json in (number, f"[0 {number}]", f'{{"a": {{"b": {number}}}}}'):
         rejection = refused(payload_with(place, value_json))
@@ -422,7 +421,7 @@ def test_what_is_no_number_at_all_is_no_json_wherever_it_stands(place: str, numb
         assert rejection.event_id == (None if place == "event_id" else "esp32-01-42")
 
 
-@pytest.mark.parametrize("name", ["x" * 10_000, "\n\ud800", '"', "", "\u202e\u0000"], ids=ascii)
+@cases("name", ["x" * 10_000, "\n\ud800", '"', "", "\u202e\u0000"], ids=ascii)
 def test_the_field_that_a_rejection_names_is_cut_and_printable(name: str) -> None:
     rejection = refused(payload_of()[:-1] + f", {json.dumps(name)}: [nan]}}".encode())
     assert rejection.reason is Reason.INVALID_FIELD
@@ -430,7 +429,7 @@ def test_the_field_that_a_rejection_names_is_cut_and_printable(name: str) -> Non
     assert_is_answerable(rejection)
 
 
-@pytest.mark.parametrize("word", NOT_FINITE[:15])
+@cases("word", NOT_FINITE[:15])
 def test_such_words_in_a_string_are_text(word: str) -> None:
     for text in (word, f" {word}, ", f'",{word},"', f"[{word}]\\"):
         event = accepted(payload_of(value=text, meta={text: [text]}, unit=word))
@@ -442,7 +441,7 @@ def test_such_words_in_a_string_are_text(word: str) -> None:
         assert results[1].event_id == "nan"
 
 
-@pytest.mark.parametrize("word", NOT_FINITE[:15])
+@cases("word", NOT_FINITE[:15])
 def test_such_words_are_no_json_as_a_key_or_as_the_payload(word: str) -> None:
     for payload in (
         word.encode(),
@@ -452,9 +451,7 @@ def test_such_words_are_no_json_as_a_key_or_as_the_payload(word: str) -> None:
         assert refused(payload).reason is Reason.NOT_JSON
 
 
-@pytest.mark.parametrize(
-    "text", ["", "on", "21.5", "NaN", "a\nb\t\x01\x7f\x9f", "\U0001f600" * 999]
-)
+@cases("text", ["", "on", "21.5", "NaN", "a\nb\t\x01\x7f\x9f", "\U0001f600" * 999])
 def test_a_string_becomes_value_text_as_it_is(text: str) -> None:
     event = accepted(payload_of(value=text))
     assert (event.value_num, event.value_text) == (None, text)
@@ -465,7 +462,7 @@ def test_a_value_text_has_no_limit_but_the_payloads() -> None:
     assert accepted(payload_of(value=text)).value_text == text
 
 
-@pytest.mark.parametrize("text", [*HALVES, "\0", "a\0", "\0a", "\U0001f600\0"], ids=ascii)
+@cases("text", [*HALVES, "\0", "a\0", "\0a", "\U0001f600\0"], ids=ascii)
 def test_a_value_text_holds_neither_u0000_nor_half_of_a_surrogate_pair(text: str) -> None:
     assert_refused_field(payload_of(value=text), "value")
 
@@ -507,7 +504,7 @@ MOMENTS = {
 }
 
 
-@pytest.mark.parametrize("text", MOMENTS)
+@cases("text", MOMENTS)
 def test_a_ts_device_becomes_that_moment_in_utc(text: str) -> None:
     moment = accepted(payload_of(ts_device=text)).ts_device
     assert moment == MOMENTS[text]
@@ -515,15 +512,15 @@ def test_a_ts_device_becomes_that_moment_in_utc(text: str) -> None:
     assert moment.tzinfo is UTC
 
 
-@pytest.mark.parametrize("digits", range(1, 25))
-@pytest.mark.parametrize("offset", ["", "Z", "+00:00", "+0000", "+00"])
+@cases("digits", range(1, 25))
+@cases("offset", ["", "Z", "+00:00", "+0000", "+00"])
 def test_a_fraction_of_any_length_is_cut_off_after_microseconds(digits: int, offset: str) -> None:
     fraction = ("987654999999" * 2)[:digits]
     moment = accepted(payload_of(ts_device=f"2026-02-10T00:00:00.{fraction}{offset}")).ts_device
     assert moment == at(2026, 2, 10, 0, 0, 0, int(fraction[:6].ljust(6, "0")))
 
 
-@pytest.mark.parametrize(
+@cases(
     ("local", "utc"),
     [
         ("2026-01-15T12:00:00", at(2026, 1, 15, 20, 0, 0)),
@@ -550,13 +547,13 @@ def test_a_ts_device_without_an_offset_is_in_the_default_time_zone(
     assert event.ts_device.tzinfo is UTC
 
 
-@pytest.mark.parametrize("offset", ["Z", "+00:00", "+02:00"])
+@cases("offset", ["Z", "+00:00", "+02:00"])
 def test_an_offset_wins_over_the_default_time_zone(offset: str) -> None:
     payload = payload_of(ts_device=f"2026-07-15T12:00:00{offset}")
     assert accepted(payload, LOS_ANGELES) == accepted(payload, UTC)
 
 
-@pytest.mark.parametrize(
+@cases(
     "text",
     [
         "",
@@ -635,7 +632,7 @@ def test_a_ts_device_of_another_form_is_refused(text: str) -> None:
     assert len(rejection.error) < 100
 
 
-@pytest.mark.parametrize(
+@cases(
     ("local", "zone"),
     [("0001-01-01T00:00:00", "Asia/Tokyo"), ("9999-12-31T23:59:59", "America/Los_Angeles")],
 )
@@ -665,7 +662,7 @@ def test_every_moment_with_every_offset_is_read_as_arithmetic_has_it(
 # --- meta ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
+@cases(
     "meta",
     [
         {},
@@ -695,10 +692,8 @@ def nested(levels: int, opening: str, closing: str, innermost: str) -> str:
     return '{"a": ' + opening * (levels - 1) + innermost + closing * (levels - 1) + "}"
 
 
-@pytest.mark.parametrize("innermost", ["1", '"x"', "null"])
-@pytest.mark.parametrize(
-    ("opening", "closing"), [("[", "]"), ('{"b": ', "}"), ('[1, "x", ', ", 2]")]
-)
+@cases("innermost", ["1", '"x"', "null"])
+@cases(("opening", "closing"), [("[", "]"), ('{"b": ', "}"), ('[1, "x", ', ", 2]")])
 def test_a_meta_may_nest_32_levels_of_which_it_is_the_first(
     opening: str, closing: str, innermost: str
 ) -> None:
@@ -710,7 +705,7 @@ def test_a_meta_may_nest_32_levels_of_which_it_is_the_first(
         assert "32" in rejection.error
 
 
-@pytest.mark.parametrize("empty", ["{}", "[]"])
+@cases("empty", ["{}", "[]"])
 def test_an_empty_container_is_a_level_of_meta_as_well(empty: str) -> None:
     assert accepted(payload_with("meta", nested(31, "[", "]", empty)))
     assert_refused_field(payload_with("meta", nested(32, "[", "]", empty)), "meta")
@@ -732,8 +727,8 @@ IN_META = [
 ]
 
 
-@pytest.mark.parametrize("template", IN_META)
-@pytest.mark.parametrize(
+@cases("template", IN_META)
+@cases(
     "escape",
     ["\\u0000", "\\ud800", "\\uDFFF", "\\udc00\\ud800", "\\ud83dx\\ude00", "\\\\\\u0000"],
 )
@@ -744,8 +739,8 @@ def test_a_meta_holds_neither_u0000_nor_half_of_a_surrogate_pair(
     assert "U+0000" in rejection.error
 
 
-@pytest.mark.parametrize("template", IN_META)
-@pytest.mark.parametrize(
+@cases("template", IN_META)
+@cases(
     "escape",
     [
         "\\\\u0000",
@@ -773,7 +768,7 @@ def test_a_meta_of_backslashes_takes_no_longer_than_another() -> None:
 # --- the payload as a whole ----------------------------------------------------------
 
 
-@pytest.mark.parametrize(
+@cases(
     ("payload", "reason"),
     [
         (b"", Reason.NOT_JSON),
@@ -831,8 +826,8 @@ def test_whitespace_around_an_event_is_json() -> None:
     assert accepted(b" \t\r\n" + payload_of() + b"\n\r\t ") == accepted(payload_of())
 
 
-@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
-@pytest.mark.parametrize("end", [b"", b"\0", b"\0\0\0", b"\r\n\0"])
+@cases("mark", [b"", b"\xef\xbb\xbf"])
+@cases("end", [b"", b"\0", b"\0\0\0", b"\r\n\0"])
 def test_a_byte_order_mark_and_terminating_nul_bytes_are_taken(mark: bytes, end: bytes) -> None:
     assert accepted(mark + payload_of() + end) == accepted(payload_of())
     array = array_of(payload_of(), b"0", payload_of()[:-1] + b', "x": inf}')
@@ -858,7 +853,7 @@ def test_a_payload_is_measured_before_it_is_looked_at() -> None:
 # --- the event's id in a rejection ---------------------------------------------------
 
 
-@pytest.mark.parametrize(
+@cases(
     "payload",
     [
         payload_without("schema"),
@@ -875,7 +870,7 @@ def test_a_rejection_carries_the_events_id_where_that_is_valid(payload: bytes) -
     assert refused(payload).event_id == "esp32-01-42"
 
 
-@pytest.mark.parametrize("event_id", [None, 5, "", "x" * 201, "a\0", "\ud800", [], "\x7f"])
+@cases("event_id", [None, 5, "", "x" * 201, "a\0", "\ud800", [], "\x7f"])
 def test_a_rejection_carries_no_id_that_is_not_valid(event_id: Any) -> None:
     assert refused(payload_of(event_id=event_id)).event_id is None
     assert refused(payload_of(event_id=event_id, schema=2)).event_id is None
@@ -945,7 +940,7 @@ def test_an_array_that_is_no_json_anywhere_is_refused_as_a_whole() -> None:
         assert (rejection.reason, rejection.event_id) == (Reason.NOT_JSON, "esp32-01-42")
 
 
-@pytest.mark.parametrize("number", ["NaN", "-inf", "1e400", "[nan]"])
+@cases("number", ["NaN", "-inf", "1e400", "[nan]"])
 def test_a_number_that_is_none_as_an_element_is_no_event(number: str) -> None:
     results = results_of(array_of(payload_of(), number.encode()))
     assert results[0] == accepted(payload_of())
@@ -982,7 +977,7 @@ def test_a_thousand_events_fit_into_one_payload() -> None:
     assert [result.event_id for result in results] == [str(i) for i in range(1000)]
 
 
-@pytest.mark.parametrize("device_id", ["", "a b", "x" * 65, "x" * 60_000])
+@cases("device_id", ["", "a b", "x" * 65, "x" * 60_000])
 def test_an_array_on_a_topic_with_an_invalid_device_id_is_refused_as_a_whole(
     device_id: str,
 ) -> None:
@@ -1048,7 +1043,7 @@ def at_each_depth_of_the_stack(payload: bytes) -> Decoded:
     return results[0]
 
 
-@pytest.mark.parametrize(("opening", "closing"), CONTAINERS)
+@cases(("opening", "closing"), CONTAINERS)
 def test_an_event_may_nest_as_deep_as_it_likes_where_nobody_looks(
     opening: bytes, closing: bytes
 ) -> None:
@@ -1060,7 +1055,7 @@ def test_an_event_may_nest_as_deep_as_it_likes_where_nobody_looks(
         assert list(at_each_depth_of_the_stack(array_of(event, other)).results) == results
 
 
-@pytest.mark.parametrize(("opening", "closing"), CONTAINERS)
+@cases(("opening", "closing"), CONTAINERS)
 def test_a_meta_that_is_too_deep_costs_its_event_however_deep_it_is(
     opening: bytes, closing: bytes
 ) -> None:
@@ -1078,7 +1073,7 @@ def test_a_meta_that_is_too_deep_costs_its_event_however_deep_it_is(
             assert rejection.error.startswith(tuple(told if levels < 65 else told[:1]))
 
 
-@pytest.mark.parametrize("levels", LEVELS)
+@cases("levels", LEVELS)
 def test_brackets_alone_are_the_same_at_any_depth(levels: int) -> None:
     (rejection,) = at_each_depth_of_the_stack(b"[" * levels + b"]" * levels).results
     error = "expected an event object, got an array"

@@ -22,6 +22,7 @@ from ingester.mqtt import (
     Publish,
     Pubrel,
 )
+from tests.support.each import cases
 
 TOPICS = st.text(st.characters(codec="utf-8", exclude_characters="\0+#"), min_size=1, max_size=40)
 PACKET_IDS = st.integers(1, 65_535)
@@ -105,7 +106,7 @@ def test_a_packet_is_read_byte_by_byte_and_no_sooner_than_its_last() -> None:
     assert list(reader.packets(mqtt.puback(9)[1:])) == [Puback(9)]
 
 
-@pytest.mark.parametrize("head", [0x20, 0x50, 0x60, 0x70, 0x90, 0xB0, 0xD0, 0xE0, 0xF0, 0x00])
+@cases("head", [0x20, 0x50, 0x60, 0x70, 0x90, 0xB0, 0xD0, 0xE0, 0xF0, 0x00])
 def test_any_other_packet_is_left_to_paho_whole(head: int) -> None:
     packet = bytes((head, 3)) + b"abc"
     assert packets_in(packet + mqtt.puback(1)) == [OtherPacket(packet), Puback(1)]
@@ -125,8 +126,8 @@ WRONG_TOPICS = {
 }
 
 
-@pytest.mark.parametrize("qos", [0, 1, 2])
-@pytest.mark.parametrize("what", WRONG_TOPICS)
+@cases("qos", [0, 1, 2])
+@cases("what", WRONG_TOPICS)
 def test_a_topic_that_is_wrong_is_read_with_replacement_characters(what: str, qos: int) -> None:
     name, topic = WRONG_TOPICS[what]
     body = len(name).to_bytes(2, "big") + name + (b"\0\x07" if qos else b"") + b"payload"
@@ -162,7 +163,7 @@ MALFORMED = {
 }
 
 
-@pytest.mark.parametrize("what", MALFORMED)
+@cases("what", MALFORMED)
 def test_what_is_not_mqtt_is_said_to_be_so_behind_what_is(what: str) -> None:
     # Behind it there is more, which must not be taken for a part of it.
     packets = PacketReader().packets(mqtt.puback(1) + MALFORMED[what] + mqtt.puback(2))

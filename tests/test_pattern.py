@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from ingester.event import Event, decode
 from ingester.pattern import recognise
+from tests.support.each import cases
 from tests.support.pipeline import Database
 from tests.test_event import LOS_ANGELES, PATIENT, VALID, both_ways, payload_with
 
@@ -72,14 +73,14 @@ UNSURE = {
 }
 
 
-@pytest.mark.parametrize("payload", KNOWN.values(), ids=KNOWN)
+@cases("payload", KNOWN.values(), ids=KNOWN)
 def test_what_devices_send_is_recognised(payload: str) -> None:
     assert recognise(payload.encode())
     results = both_ways(DEVICE, payload.encode(), LOS_ANGELES).results
     assert all(isinstance(result, Event) for result in results)
 
 
-@pytest.mark.parametrize("payload", UNSURE.values(), ids=UNSURE)
+@cases("payload", UNSURE.values(), ids=UNSURE)
 def test_of_anything_else_the_pattern_is_unsure(payload: str) -> None:
     assert recognise(payload.encode()) is None
 
@@ -88,8 +89,8 @@ def test_bytes_that_are_not_utf_8_are_not_recognised() -> None:
     assert recognise(ONE.encode().replace(b"attic", b"\xff")) is None
 
 
-@pytest.mark.parametrize("first", ['"x"', "1", "1e999"])
-@pytest.mark.parametrize(("last", "value"), [('"y"', (None, "y")), ("2", (2.0, None))])
+@cases("first", ['"x"', "1", "1e999"])
+@cases(("last", "value"), [('"y"', (None, "y")), ("2", (2.0, None))])
 def test_of_a_value_that_is_there_twice_the_last_one_counts(
     first: str, last: str, value: tuple[float | None, str | None]
 ) -> None:

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from ingester.event import PAYLOAD_BYTES_MAX, Decoded, decode
 from ingester.payload import elements
 from ingester.rejection import Reason, Rejection
+from tests.support.each import cases
 
 DEVICE = "d"
 DAMAGES = 300
@@ -149,7 +150,7 @@ DAMAGED: dict[str, tuple[str, list[str | None]]] = {
 }
 
 
-@pytest.mark.parametrize(("payload", "ids"), DAMAGED.values(), ids=DAMAGED)
+@cases(("payload", "ids"), DAMAGED.values(), ids=DAMAGED)
 def test_of_what_is_not_json_each_id_that_stands_for_certain_is_answered(
     payload: str, ids: list[str | None]
 ) -> None:
@@ -378,7 +379,7 @@ def seconds(payload: bytes) -> float:
     return min(times)
 
 
-@pytest.mark.parametrize("payload_of", COSTLY.values(), ids=COSTLY)
+@cases("payload_of", COSTLY.values(), ids=COSTLY)
 def test_the_time_is_proportional_to_the_bytes(payload_of: Callable[[int], bytes]) -> None:
     half, whole = payload_of(PAYLOAD_BYTES_MAX // 4), payload_of(PAYLOAD_BYTES_MAX)
     assert PAYLOAD_BYTES_MAX * 0.9 < len(whole) <= PAYLOAD_BYTES_MAX

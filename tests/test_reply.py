@@ -10,13 +10,13 @@ import re
 from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
 
-import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ingester.event import ARRAY_EVENTS_MAX, PAYLOAD_BYTES_MAX
 from ingester.rejection import DeadLetter, Reason, Rejection
 from ingester.reply import Reply, ack, ack_for, dead_letter_for
+from tests.support.each import cases
 from tools.process import CHECKOUT
 
 TOPIC = "qs/v1/esp32-01/acks"
@@ -55,7 +55,7 @@ def test_a_rejected_event_without_a_valid_id_is_answered_with_null() -> None:
     assert b'"event_id": null, "device_id": "esp32-01", "status": "rejected"' in reply.payload
 
 
-@pytest.mark.parametrize("reason", Reason)
+@cases("reason", Reason)
 def test_every_reason_is_a_plain_string_in_ack_and_dead_letter(reason: Reason) -> None:
     answer = json.loads(
         ack_for(TOPIC, [ack("d", "e", Rejection(reason, "why"))], is_array=False).payload
@@ -124,8 +124,8 @@ def test_a_dead_letter_without_device_or_event_id_has_nulls() -> None:
     assert (body["device_id"], body["event_id"]) == (None, None)
 
 
-@pytest.mark.parametrize("char", ["x", "ä", "\U0001f600", '"', "\\", "\0", "\n"])
-@pytest.mark.parametrize("chars", [0, 1, 1999, 2000])
+@cases("char", ["x", "ä", "\U0001f600", '"', "\\", "\0", "\n"])
+@cases("chars", [0, 1, 1999, 2000])
 def test_a_payload_of_up_to_2000_characters_is_published_whole(chars: int, char: str) -> None:
     body = published(letter(payload=(char * chars).encode()))
     assert body["payload"] == char * chars
@@ -133,8 +133,8 @@ def test_a_payload_of_up_to_2000_characters_is_published_whole(chars: int, char:
     assert body["truncated"] is False
 
 
-@pytest.mark.parametrize("char", ["x", "ä", "\U0001f600", '"', "\\", "\0"])
-@pytest.mark.parametrize("chars", [2001, 2002, 50_000])
+@cases("char", ["x", "ä", "\U0001f600", '"', "\\", "\0"])
+@cases("chars", [2001, 2002, 50_000])
 def test_a_longer_payload_is_cut_after_2000_characters(chars: int, char: str) -> None:
     body = published(letter(payload=(char * chars).encode()))
     assert body["payload"] == char * 2000
@@ -142,7 +142,7 @@ def test_a_longer_payload_is_cut_after_2000_characters(chars: int, char: str) ->
     assert body["truncated"] is True
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 1498, 1499, 1500])
+@cases("size", [1, 2, 3, 1498, 1499, 1500])
 def test_bytes_that_are_not_utf8_are_published_whole_in_base64(size: int) -> None:
     payload = b"\xff" * size
     body = published(letter(payload=payload))
@@ -152,7 +152,7 @@ def test_bytes_that_are_not_utf8_are_published_whole_in_base64(size: int) -> Non
     assert body["truncated"] is False
 
 
-@pytest.mark.parametrize("size", [1501, 1502, 300_000])
+@cases("size", [1501, 1502, 300_000])
 def test_more_bytes_that_are_not_utf8_are_cut_to_2000_characters_of_base64(size: int) -> None:
     payload = bytes(range(256)) * (size // 256 + 1)
     body = published(letter(payload=payload[:size]))
@@ -179,7 +179,7 @@ def test_a_short_payload_can_be_had_back_from_its_dead_letter(payload: bytes) ->
     assert body["truncated"] is False
 
 
-@pytest.mark.parametrize(
+@cases(
     ("received_at", "text"),
     [
         (datetime(2026, 2, 10, tzinfo=UTC), "2026-02-10T00:00:00.000Z"),
@@ -214,7 +214,7 @@ def packet_bytes(reply: Reply) -> int:
     return 5 + 2 + len(reply.topic.encode()) + 2 + len(reply.payload)
 
 
-@pytest.mark.parametrize("char", ["\U0001f600", '"', "\\", "\u2028"])
+@cases("char", ["\U0001f600", '"', "\\", "\u2028"])
 def test_the_largest_ack_of_an_array_fits_a_packet(char: str) -> None:
     rejection = Rejection(Reason.UNSUPPORTED_SCHEMA, "x" * DATABASE_ERROR_CHARS)
     answers = [ack("d" * 64, char * 200, rejection)] * ARRAY_EVENTS_MAX
@@ -229,9 +229,7 @@ def test_the_largest_ack_of_an_array_fits_even_if_the_database_speaks_in_wide_ch
     assert packet_bytes(ack_for("t" * TOPIC_BYTES, answers, is_array=True)) < packet_bytes_max()
 
 
-@pytest.mark.parametrize(
-    "payload", [b"\0" * 300_000, b"\xff" * 300_000, "\U0001f600".encode() * 9999]
-)
+@cases("payload", [b"\0" * 300_000, b"\xff" * 300_000, "\U0001f600".encode() * 9999])
 def test_the_largest_dead_letter_fits_a_packet(payload: bytes) -> None:
     # Each quote in a topic is two characters in JSON.
     dead_letter = letter(

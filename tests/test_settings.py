@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from ingester.settings import Settings, SettingsError
 from ingester.topic import Topics
 from tests.support.certificates import Authority, Certificate, openssl
+from tests.support.each import cases
 from tools.process import CHECKOUT, clean_environment
 
 DOTENV = {name: value or "" for name, value in dotenv_values(CHECKOUT / ".env").items()}
@@ -147,7 +148,7 @@ def test_every_variable_of_the_file_is_read_and_every_one_read_is_in_the_file() 
     assert recorder.asked - libpqs - {"HEARTBEAT_FILE"} == set(DOTENV) - OTHERS
 
 
-@pytest.mark.parametrize("name", [*DOTENV, "HEARTBEAT_FILE", "PGHOST", "PGPORT", "PGDATABASE"])
+@cases("name", [*DOTENV, "HEARTBEAT_FILE", "PGHOST", "PGPORT", "PGDATABASE"])
 def test_an_empty_variable_counts_as_absent(name: str) -> None:
     empty, absent = DOTENV | {name: ""}, {k: v for k, v in DOTENV.items() if k != name}
     if name in NEEDED:
@@ -156,9 +157,7 @@ def test_an_empty_variable_counts_as_absent(name: str) -> None:
         assert Settings.from_env(empty) == Settings.from_env(absent)
 
 
-@pytest.mark.parametrize(
-    "name", ["PGHOSTADDR", "PGUSER", "PGPASSWORD", "PGPASSFILE", "PGSERVICE", "PGSSLMODE"]
-)
+@cases("name", ["PGHOSTADDR", "PGUSER", "PGPASSWORD", "PGPASSFILE", "PGSERVICE", "PGSSLMODE"])
 def test_an_empty_variable_of_libpq_counts_as_absent(name: str) -> None:
     assert Settings.from_env(DOTENV | {name: ""}) == Settings.from_env(DOTENV)
 
@@ -227,7 +226,7 @@ PLACES = [
 ]
 
 
-@pytest.mark.parametrize(("variables", "told"), PLACES)
+@cases(("variables", "told"), PLACES)
 def test_where_the_servers_are_libpq_is_told(
     variables: dict[str, str], told: dict[str, str | int]
 ) -> None:
@@ -239,7 +238,7 @@ def test_an_address_takes_the_place_of_our_host() -> None:
     assert (database.get("host"), database["hostaddr"]) == (None, "192.0.2.1")
 
 
-@pytest.mark.parametrize(
+@cases(
     "variables",
     [
         {"PGHOST": "a,b", "PGPORT": "1,2,3"},
@@ -256,7 +255,7 @@ def test_what_libpq_is_not_told_it_is_told_by_our_variables() -> None:
     assert Settings.from_env(OURS).database == FROM_OURS
 
 
-@pytest.mark.parametrize(("theirs", "value", "ours", "key"), WINS)
+@cases(("theirs", "value", "ours", "key"), WINS)
 def test_libpqs_variable_takes_the_place_of_ours_and_of_no_other(
     theirs: str, value: str, ours: str, key: str
 ) -> None:
@@ -266,7 +265,7 @@ def test_libpqs_variable_takes_the_place_of_ours_and_of_no_other(
     assert Settings.from_env(without_ours | {theirs: value}).database == left
 
 
-@pytest.mark.parametrize("name", ["POSTGRES_HOST", "POSTGRES_DB", "POSTGRES_USER"])
+@cases("name", ["POSTGRES_HOST", "POSTGRES_DB", "POSTGRES_USER"])
 def test_what_neither_says_is_missing(name: str) -> None:
     (problem,) = problems_of({k: v for k, v in OURS.items() if k != name})
     assert problem.startswith(f"{name}: missing")
@@ -286,12 +285,12 @@ def test_a_service_says_it_all() -> None:
     assert Settings.from_env({"MQTT_HOST": "m", "PGSERVICE": "homelab"}).database == {}
 
 
-@pytest.mark.parametrize("mode", ["disable", "allow", "prefer", "require", "verify-ca"])
+@cases("mode", ["disable", "allow", "prefer", "require", "verify-ca"])
 def test_libpqs_ssl_modes_are_left_to_libpq(mode: str) -> None:
     assert Settings.from_env(OURS | {"PGSSLMODE": mode}).database == FROM_OURS
 
 
-@pytest.mark.parametrize("service", [{}, {"PGSERVICE": "homelab"}], ids=["", "service"])
+@cases("service", [{}, {"PGSERVICE": "homelab"}], ids=["", "service"])
 def test_bad_variables_of_libpq_are_named_too(service: dict[str, str]) -> None:
     problems = problems_of(OURS | service | {"PGPORT": "x", "PGSSLMODE": "yes"})
     assert sorted(problem.split(":")[0] for problem in problems) == ["PGPORT", "PGSSLMODE"]
@@ -338,7 +337,7 @@ def test_every_bad_variable_is_named_in_one_message() -> None:
 ALONE = NAMED - {"MQTT_USERNAME", "MQTT_PASSWORD_FILE", "MQTT_CERT_FILE", "MQTT_KEY_FILE"}
 
 
-@pytest.mark.parametrize("name", sorted(ALONE))
+@cases("name", sorted(ALONE))
 def test_a_single_bad_variable_is_the_only_one_named(name: str) -> None:
     (problem,) = problems_of(DOTENV | {name: BAD[name]})
     assert problem.startswith(f"{name}: ")
@@ -361,7 +360,7 @@ NUMBERS = [
 ]
 
 
-@pytest.mark.parametrize(("name", "number_max"), NUMBERS)
+@cases(("name", "number_max"), NUMBERS)
 def test_a_number_may_be_from_1_to_its_limit(name: str, number_max: int) -> None:
     for number in (1, 2, number_max - 1, number_max):
         made = Settings.from_env(DOTENV | {name: str(number)})
@@ -400,12 +399,12 @@ def test_a_number_that_is_taken_is_within_its_limit(zeros: int, number: int) -> 
         assert 1 <= made.batch_max <= 10_000
 
 
-@pytest.mark.parametrize("host", ["localhost", "192.0.2.1", "::1", "a.example.", "bücher.example"])
+@cases("host", ["localhost", "192.0.2.1", "::1", "a.example.", "bücher.example"])
 def test_a_host_may_be_a_name_or_an_address(host: str) -> None:
     assert Settings.from_env(DOTENV | {"MQTT_HOST": host}).mqtt_host == host
 
 
-@pytest.mark.parametrize(
+@cases(
     "host", [" ", "a b", "a\nb", "a\tb", "a\0b", "a..b", ".a", "a" * 64, "\udcff", "a\u200b\ud800"]
 )
 def test_a_host_that_cannot_be_one_is_named(host: str) -> None:
@@ -413,23 +412,23 @@ def test_a_host_that_cannot_be_one_is_named(host: str) -> None:
     assert problem.startswith("MQTT_HOST: ")
 
 
-@pytest.mark.parametrize("level", ["DEBUG", "INFO", "WARNING", "ERROR", "debug", "Info"])
+@cases("level", ["DEBUG", "INFO", "WARNING", "ERROR", "debug", "Info"])
 def test_a_log_level_may_be_in_small_letters(level: str) -> None:
     assert Settings.from_env(DOTENV | {"LOG_LEVEL": level}).log_level == level.upper()
 
 
-@pytest.mark.parametrize("level", ["CRITICAL", "TRACE", "10", " INFO", "WARN"])
+@cases("level", ["CRITICAL", "TRACE", "10", " INFO", "WARN"])
 def test_another_log_level_is_named(level: str) -> None:
     (problem,) = problems_of(DOTENV | {"LOG_LEVEL": level})
     assert problem == "LOG_LEVEL: expected one of DEBUG, INFO, WARNING, ERROR"
 
 
-@pytest.mark.parametrize("key", ["UTC", "Europe/Berlin", "America/Los_Angeles", "Asia/Kolkata"])
+@cases("key", ["UTC", "Europe/Berlin", "America/Los_Angeles", "Asia/Kolkata"])
 def test_a_time_zone_goes_by_its_iana_name(key: str) -> None:
     assert Settings.from_env(DOTENV | {"DEVICE_DEFAULT_TZ": key}).device_default_tz == ZoneInfo(key)
 
 
-@pytest.mark.parametrize(
+@cases(
     "key",
     [
         *("Mars/Olympus", "Europe", "../../etc/passwd", "/etc/localtime", "Europe/", ".", "+02:00"),
@@ -444,7 +443,7 @@ def test_a_time_zone_that_is_none_is_named(key: str) -> None:
 
 
 # What os.environ makes of the byte 0xFF: nothing that UTF-8, and so MQTT, can say.
-@pytest.mark.parametrize(
+@cases(
     "name",
     [
         *("MQTT_HOST", "MQTT_EVENTS_TOPIC", "ACK_TEMPLATE", "MQTT_DEADLETTER_TOPIC"),
@@ -703,7 +702,7 @@ def context_of(env: dict[str, str]) -> ssl.SSLContext:
     return context
 
 
-@pytest.mark.parametrize("word", ["", "false", "FALSE"])
+@cases("word", ["", "false", "FALSE"])
 def test_without_a_word_there_is_no_tls(word: str) -> None:
     assert Settings.from_env(DOTENV | {"MQTT_TLS": word}).mqtt_tls is None
 
@@ -715,7 +714,7 @@ def test_a_ca_file_means_tls_verified_against_that_ca_alone(ca: Authority) -> No
         assert trusted["subject"] == ((("commonName", "test CA"),),)
 
 
-@pytest.mark.parametrize("word", ["true", "True"])
+@cases("word", ["true", "True"])
 def test_tls_without_a_ca_file_is_verified_against_the_systems_cas(word: str) -> None:
     context = context_of(DOTENV | {"MQTT_TLS": word})
     system = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -723,7 +722,7 @@ def test_tls_without_a_ca_file_is_verified_against_the_systems_cas(word: str) ->
     assert context.cert_store_stats() == system.cert_store_stats()
 
 
-@pytest.mark.parametrize("word", ["yes", "1", "on", "truee", " true"])
+@cases("word", ["yes", "1", "on", "truee", " true"])
 def test_another_word_for_tls_is_named(word: str) -> None:
     (problem,) = problems_of(DOTENV | {"MQTT_TLS": word})
     assert problem == f"MQTT_TLS: expected true or false, got {word!r}"

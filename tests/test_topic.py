@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ingester.topic import TOPIC_BYTES_MAX, Topics, is_publishable, topic_problems
+from tests.support.each import cases
 
 EVENTS = "qs/v1/+/events"
 ACK = "qs/v1/{device_id}/acks"
@@ -22,7 +23,7 @@ PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 # --- whose topic it is ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
+@cases(
     ("events", "topic", "device_id"),
     [
         (EVENTS, "qs/v1/esp32-01/events", "esp32-01"),
@@ -92,7 +93,7 @@ def test_device_id_names_a_device_only_if_the_filter_matches_by_mqtts_rules(
 # --- where the answer goes -----------------------------------------------------------
 
 
-@pytest.mark.parametrize(
+@cases(
     ("template", "device_id", "topic"),
     [
         (ACK, "esp32-01", "qs/v1/esp32-01/acks"),
@@ -129,7 +130,7 @@ def test_the_ack_goes_to_the_devices_topic_or_nowhere(
     assert Topics(EVENTS, template, DEADLETTER, STATUS).ack(device_id) == topic
 
 
-@pytest.mark.parametrize("char", ["x", "ä", "\U0001f600"])
+@cases("char", ["x", "ä", "\U0001f600"])
 def test_a_topic_may_have_65535_bytes(char: str) -> None:
     size = len(char.encode())
     longest = char * (65_535 // size) + "x" * (65_535 % size)
@@ -164,7 +165,7 @@ def test_every_device_with_a_valid_id_has_an_ack_topic(device_id: str) -> None:
 # --- what may be configured ----------------------------------------------------------
 
 
-@pytest.mark.parametrize(
+@cases(
     "topics",
     [
         Topics(EVENTS, ACK, DEADLETTER, STATUS),
@@ -182,7 +183,7 @@ def test_good_topics_have_no_problems(topics: Topics) -> None:
     assert topic_problems(topics) == []
 
 
-@pytest.mark.parametrize(
+@cases(
     "events",
     [
         "qs/v1/events",
@@ -216,7 +217,7 @@ def test_a_bad_events_topic_is_named(events: str) -> None:
     assert problems[0].startswith("MQTT_EVENTS_TOPIC: ")
 
 
-@pytest.mark.parametrize(
+@cases(
     "template",
     [
         "",
@@ -248,7 +249,7 @@ def test_a_bad_ack_template_is_named(template: str) -> None:
     assert problems[0].startswith("ACK_TEMPLATE: ")
 
 
-@pytest.mark.parametrize(
+@cases(
     "deadletter",
     ["", "+", "#", "qs/+/deadletter", "qs/#", "a+b", "\0", "a\n", "\uffff", "\ud800", "x" * 65_536],
     ids=lambda text: ascii(text[:40]),
@@ -295,7 +296,7 @@ def test_an_ack_template_that_the_ingester_would_hear_is_named(events: str, temp
     assert "MQTT_EVENTS_TOPIC" in problems[0]
 
 
-@pytest.mark.parametrize(
+@cases(
     ("events", "deadletter"),
     [
         (EVENTS, "qs/v1/deadletter/events"),

@@ -1,16 +1,16 @@
 """Which values a test runs for: each of many, or one that fits the time there is.
 
 What it does: gives the test one value after the other, where a test of its own for each would cost
-more than what it does, and fails with each that it failed for, and why; or has a test run long with
---faults, and briefly without. What it does not: fixtures. Where a value needs one, or takes long,
-it is parametrised.
+more (10 ms) than what it does, and fails with each that it failed for, and why; or has a test run
+long with --faults, and briefly without. What it does not: fixtures for each. Where a value needs
+one, or takes long, it is parametrised.
 
 Invariant: every value is tried, whatever happened to those before it; with none at all it fails.
 """
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import pytest
@@ -32,20 +32,53 @@ def each(
     def decorate(test: Callable[[Any], None]) -> Callable[[], None]:
         @functools.wraps(test)
         def run() -> None:
-            tried, faults = 0, []
-            for value in values():
-                tried += 1
-                try:
-                    test(value)
-                except Exception as error:  # noqa: BLE001  none is swallowed
-                    error.add_note(f"for {called(value)}")
-                    faults.append(error)
-            assert tried, "there is nothing to try"
-            if faults:
-                names = ", ".join(error.__notes__[-1] for error in faults)
-                raise ExceptionGroup(f"{len(faults)} of {tried}: {names}", faults)
+            _try_all((called(value), functools.partial(test, value)) for value in values())
 
         run.__signature__ = inspect.Signature()  # type: ignore[attr-defined]  # no fixtures
         return run
 
     return decorate
+
+
+def cases(
+    names: str | Sequence[str],
+    values: Iterable[Any],
+    ids: Iterable[str] | Callable[[Any], object] = repr,
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Let a test run for each of the values: as pytest.mark.parametrize, but it is one test.
+
+    With several names a value is a tuple.
+    """
+    rows = [(value,) if isinstance(names, str) else tuple(value) for value in values]
+    names = [names] if isinstance(names, str) else [*names]
+    called = [", ".join(str(ids(v)) for v in row) for row in rows] if callable(ids) else [*ids]
+
+    def decorate(test: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(test)
+        def run(**others: Any) -> None:
+            _try_all(
+                (name, functools.partial(test, **others, **dict(zip(names, row, strict=True))))
+                for name, row in zip(called, rows, strict=True)
+            )
+
+        own = inspect.signature(test)
+        others = [value for name, value in own.parameters.items() if name not in names]
+        run.__signature__ = own.replace(parameters=others)  # type: ignore[attr-defined]
+        return run
+
+    return decorate
+
+
+def _try_all(calls: Iterable[tuple[str, Callable[[], None]]]) -> None:
+    tried, faults = 0, []
+    for name, call in calls:
+        tried += 1
+        try:
+            call()
+        except Exception as error:  # noqa: BLE001  none is swallowed
+            error.add_note(f"for {name}")
+            faults.append(error)
+    assert tried, "there is nothing to try"
+    if faults:
+        failed = ", ".join(error.__notes__[-1] for error in faults)
+        raise ExceptionGroup(f"{len(faults)} of {tried}: {failed}", faults)
