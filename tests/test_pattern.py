@@ -7,14 +7,15 @@ proportional to the bytes, test_payload.py.
 """
 
 import json
+import tracemalloc
 from itertools import product
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ingester.event import Event, decode
-from ingester.pattern import recognise
+from ingester.event import PAYLOAD_BYTES_MAX, Event, decode
+from ingester.pattern import META_MEMBERS_MAX, recognise
 from tests.support.each import cases
 from tests.support.pipeline import Database
 from tests.test_event import LOS_ANGELES, PATIENT, VALID, both_ways, payload_with
@@ -98,6 +99,34 @@ def test_of_a_value_that_is_there_twice_the_last_one_counts(
     (result,) = both_ways(DEVICE, payload, LOS_ANGELES).results
     assert isinstance(result, Event)
     assert (result.value_num, result.value_text) == value
+
+
+@cases(
+    "member",
+    [
+        '"unit":"C",',
+        '"meta":{%s"n":0},' % ('"n":1,' * (META_MEMBERS_MAX - 1)),
+        '"ts_device":"2026",',
+    ],
+)
+def test_what_it_keeps_does_not_grow_with_the_members(member: str) -> None:
+    for end in ("}", ""):
+        payload = f"{{{member * (PAYLOAD_BYTES_MAX // len(member))}{ONE[1:-1]}{end}".encode()
+        tracemalloc.start()
+        try:
+            assert recognise(payload) is None
+            assert tracemalloc.get_traced_memory()[1] < 8 * len(payload)
+        finally:
+            tracemalloc.stop()
+
+
+@cases(("count", "is_known"), [(META_MEMBERS_MAX, True), (META_MEMBERS_MAX + 1, False)])
+def test_meta_of_many_members_is_parsed(count: int, is_known: bool) -> None:
+    payload = json.dumps(VALID | {"meta": {str(n): n for n in range(count)}}).encode()
+    assert bool(recognise(payload)) is is_known
+    (result,) = decode(DEVICE, payload, LOS_ANGELES).results
+    assert isinstance(result, Event)
+    assert len(json.loads(result.meta)) == count
 
 
 def test_meta_is_in_postgresql_what_parsing_would_have_made_of_it(database: Database) -> None:
