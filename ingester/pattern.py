@@ -15,19 +15,19 @@ import re
 EVENT_ID_CHARS_MAX = 200
 EVENT_TYPE_CHARS_MAX = 100
 UNIT_CHARS_MAX = 50
-# What has more is parsed: of each member of each meta, re keeps 1 kB, to go back to.
-META_MEMBERS_MAX = 64
-_EVENT_MEMBERS_MAX = 16
 DEVICE_ID = r"[A-Za-z0-9_.:-]{1,64}"
 # The profile of ISO 8601 that RFC 3339 has, plus an absent, short or colonless offset.
 TIMESTAMP = (
     r"[0-9]{4}-[0-9]{2}-[0-9]{2}T(?:[01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](?:\.[0-9]+)?"
     r"(?:Z|[+-](?:[01][0-9]|2[0-3])(?::?[0-5][0-9])?)?"
 )
+# What has more is parsed: of each member of each meta, re keeps 1 kB, to go back to.
+META_MEMBERS_MAX = 64
+_EVENT_MEMBERS_MAX = 16
 
 Fields = tuple[str | None, ...]
 
-# `*+` gives back nothing of what it took. Behind a group Python 3.11 and 3.12 get that wrong
+# `*+` gives back nothing of what it took. Behind a group, Python before 3.13.1 gets that wrong
 # (gh-101955, gh-106052).
 _CHAR = r'[^"\\\0-\x1f\x7f-\x9f]'  # neither escaped nor a control character
 _SPACE = r"[ \t\r\n]*+"  # RFC 8259, section 2
