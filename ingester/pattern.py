@@ -75,6 +75,8 @@ def recognise(payload: bytes) -> tuple[list[Fields], bool] | None:
     except UnicodeDecodeError:
         return None
     if not text.startswith("["):
+        if text.count("{") > 2:  # nested: to try would cost as much as to succeed
+            return None
         match = _EVENT.fullmatch(text)
         return ([match.groups()], False) if match else None
     found = []
