@@ -126,7 +126,7 @@ def _recognised(found: Sequence[Fields], device_id: str, default_tz: tzinfo) -> 
         if not (event_id and event_type and schema) or sent_device_id != device_id:
             return None
         value = None if number is None else float(number)
-        # Too large; or a text is there as well.
+        # The number is too large, or the value is there twice, once as a text.
         if value is not None and (math.isinf(value) or text is not None):
             return None
         try:

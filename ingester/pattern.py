@@ -6,8 +6,8 @@ time that parsing and checking take. What it does not: refuse anything. What it 
 
 Invariant: what is recognised is what event.py would find: the same texts, a number that float()
 reads the same, and meta as JSON that is equal in PostgreSQL. The time is proportional to the
-bytes, as no two parts that repeat stand side by side and what ends one cannot be in it; the memory
-is bounded, as is how often a group may repeat.
+bytes, because no two parts that repeat are neighbours and none can contain what ends it. The memory
+is bounded, because no group repeats without a limit.
 """
 
 import re
@@ -21,13 +21,13 @@ TIMESTAMP = (
     r"[0-9]{4}-[0-9]{2}-[0-9]{2}T(?:[01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](?:\.[0-9]+)?"
     r"(?:Z|[+-](?:[01][0-9]|2[0-3])(?::?[0-5][0-9])?)?"
 )
-# What has more is parsed: of each member of each meta, re keeps 1 kB, to go back to.
+# An object with more members is parsed: re keeps about 1 kB for each of meta's, to backtrack.
 META_MEMBERS_MAX = 64
 _EVENT_MEMBERS_MAX = 16
 
 Fields = tuple[str | None, ...]
 
-# `*+` gives back nothing of what it took. Behind a group, Python before 3.13.1 gets that wrong
+# `*+` does not backtrack. Only behind a set: behind a group, Python before 3.13.1 gets it wrong
 # (gh-101955, gh-106052).
 _CHAR = r'[^"\\\0-\x1f\x7f-\x9f]'  # neither escaped nor a control character
 _SPACE = r"[ \t\r\n]*+"  # RFC 8259, section 2
@@ -75,7 +75,7 @@ def recognise(payload: bytes) -> tuple[list[Fields], bool] | None:
     except UnicodeDecodeError:
         return None
     if not text.startswith("["):
-        if text.count("{") > 2:  # nested: to try would cost as much as to succeed
+        if text.count("{") > 2:  # nested meta: a failure here would cost as much as a match
             return None
         match = _EVENT.fullmatch(text)
         return ([match.groups()], False) if match else None

@@ -66,17 +66,17 @@ def payload_with(name: str, value_json: str) -> bytes:
 
 
 def both_ways(device_id: str, payload: bytes, default_tz: tzinfo) -> Decoded:
-    """Return what decode() finds, by its pattern where it can; by parsing it finds the same."""
+    """Return what decode() finds. What its pattern recognises must come out the same if parsed."""
     decoded = decode(device_id, payload, default_tz)
     if recognise(payload) and len(payload) < PAYLOAD_BYTES_MAX:
-        # It forgives a NUL at the end, which the pattern does not know.
+        # A NUL at the end is forgiven, but the pattern does not recognise it.
         parsed = decode(device_id, payload + b"\0", default_tz)
         assert as_stored(decoded) == as_stored(parsed)
     return decoded
 
 
 def as_stored(decoded: Decoded) -> list[Any]:
-    """Return what the results are in PostgreSQL, where 1.0 and 1.00 are two numbers in JSON."""
+    """Return the results as PostgreSQL stores them: jsonb tells 1.0 from 1.00, Python does not."""
     found: list[Any] = [decoded.is_array, decoded.is_whole]
     for result in decoded.results:
         found.append(result)

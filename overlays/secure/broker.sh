@@ -3,7 +3,8 @@
 #
 #   broker.sh start           as root, which the broker then ceases to be
 #   broker.sh reload [USER]   as the broker's own user; also ends the session under this name.
-#                             5: it takes nobody in; 6: this version cannot. Then restart it.
+#                             Exits with 5 if the broker takes nobody in, with 6 if this version
+#                             cannot reload safely; both need a restart.
 #
 # A session outlives its client's password, with all that was subscribed and queued. A client
 # that connects under its name with a clean session ends it.
@@ -130,8 +131,9 @@ start)
     ulimit -Sn 65536 2>/dev/null || ulimit -Sn "$(ulimit -Hn)"
     exec mosquitto -c "$used" ;;
 reload)
-    # At SIGHUP 2.0 notes a second time when a session ends, if it is that of a removed device or
-    # was read from the file. Once that is freed, it ends whoever has its memory. Mended in 2.1.0.
+    # At SIGHUP, 2.0 lists an offline session for expiry a second time, if its device was removed or
+    # if the broker has read it from its file. When the session is freed, that entry stays, and
+    # each second the broker disconnects whichever client has the memory by then. Fixed in 2.1.0.
     case $(mosquitto -h 2>/dev/null | head -n 1) in *' 2.0.'*) exit 6 ;; esac
     # One after the other, or the one that began first might end last.
     exec 9>"$made/lock"

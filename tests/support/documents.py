@@ -32,7 +32,6 @@ BLOCKS = {
 
 _ANOTHER_MACHINE = "is for another machine"
 _ITSELF = "runs these tests"
-_REGISTRY = "asks a container registry"
 _NAMED = "is only named; the whole command stands elsewhere and is typed there"
 _MACHINE = "changes the machine; test_systemd.py has systemd read the units"
 _STACK = "test_stack.py runs it, on ports and with data of its own"
@@ -60,7 +59,6 @@ NOT_TYPED = {
     "tools/stack exec --port-offset 10000 ...": _NAMED,
     "tools/stack exec python -m ingester.deadletters ...": _NAMED,
     "tools/stack restore backup.dump": _STACK,
-    "docker compose pull mosquitto": _REGISTRY,
     "docker compose exec SERVICE": _NAMED,
     "sudo systemctl disable --now mosquitto postgresql": _MACHINE,
     "useradd --system --no-create-home --shell /usr/sbin/nologin homelab-telemetry": _MACHINE,
@@ -122,6 +120,7 @@ NOT_TYPED = {
     "git diff": "only looks, at what the commands above it have changed",
     "git rev-parse HEAD": "needs a clone; the tests run in what was unpacked from a ZIP, too",
     "docker compose pull": _NETWORK,
+    "docker compose pull mosquitto": _NETWORK,
     "docker compose build --pull": _NETWORK,
     "tools/bootstrap": "is what tests/run begins with",
     ".venv/bin/python -m benchmark.run": "takes 20 minutes; test_benchmark.py types --short",
