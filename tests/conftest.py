@@ -86,9 +86,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.section("faults: what was sent, and what was found")
         terminalreporter.line(text)
         if terminalreporter.config.getoption("--write-faults"):
-            # tests/run has one run for what measures time, and one for all else.
-            name = "alone" if terminalreporter.config.getoption("-m") == "alone" else "faults"
-            write_into(CHECKOUT / "tests/FAULTS.md", name, text)
+            write_into(CHECKOUT / "tests/FAULTS.md", text)
 
 
 @pytest.fixture(scope="session")

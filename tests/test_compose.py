@@ -43,6 +43,7 @@ def whole_stack(
     with compose.only_run():
         stack = Compose(compose.copy_checkout(tmp_path_factory.mktemp("checkout")))
         stack.use_broker(request.param)
+        stack.look_often()
         with compose.cleared(stack):
             stack.up("--build")
             yield stack

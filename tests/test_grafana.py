@@ -491,6 +491,7 @@ def test_what_the_files_say_logs_in_and_a_forgotten_last_file_opens_nothing(
         pytest.skip(reason)
     with compose.only_run(), ExitStack() as cleanup:
         stack = GrafanaStack(compose.copy_checkout(tmp_path / "checkout"))
+        stack.look_often()
         stack.environment["COMPOSE_FILE"] = os.pathsep.join(PLAIN)
         cleanup.enter_context(compose.cleared(stack))
         port = {"POSTGRES_PORT": str(free_port())}

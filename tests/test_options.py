@@ -156,6 +156,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SecureStack]:
         pytest.skip(reason)
     with compose.only_run(), ExitStack() as cleanup:
         stack = SecureStack(compose.copy_checkout(tmp_path_factory.mktemp("options")))
+        stack.look_often()
         del stack.environment["COMPOSE_FILE"]
         with compose.cleared(stack):
             for port in TAKEN:

@@ -63,6 +63,7 @@ def whole_stack(
     with compose.only_run():
         stack = SecureStack(compose.copy_checkout(tmp_path_factory.mktemp("secure")))
         stack.use_broker(request.param)
+        stack.look_often()
         stack.setup("telemetry.lan", "192.168.1.10")  # as its README does
         with compose.cleared(stack):
             stack.add_device("alpha")  # before the first start

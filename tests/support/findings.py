@@ -15,6 +15,8 @@ from pathlib import Path
 from tests.support.device import Device
 from tests.support.pipeline import Database
 
+BEGIN, END = "<!-- faults: begin -->", "<!-- faults: end -->"
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -80,11 +82,10 @@ def table(findings: Iterable[Finding]) -> str:
     return "\n".join([names, rule, *(finding.row() for finding in findings)])
 
 
-def write_into(file: Path, name: str, text: str) -> None:
-    """Put the text between the two marks of this name in the file."""
-    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+def write_into(file: Path, text: str) -> None:
+    """Put the text between the two marks in the file."""
     page = file.read_text()
-    pattern = re.compile(f"(?s)({re.escape(begin)}\n).*?({re.escape(end)})")
+    pattern = re.compile(f"(?s)({BEGIN}\n).*?({END})")
     page, count = pattern.subn(lambda match: f"{match[1]}{text}\n{match[2]}", page)
-    assert count == 1, f"{file.name} does not have the two marks {begin} and {end}"
+    assert count == 1, f"{file.name} does not have the two marks {BEGIN} and {END}"
     file.write_text(page)

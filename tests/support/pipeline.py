@@ -154,9 +154,11 @@ def restart_from(mosquitto: Mosquitto, state: bytes) -> None:
     mosquitto.wait_ready()
 
 
-def wait_until(condition: Callable[[], bool], what: str, timeout: float = 15) -> None:
+def wait_until(
+    condition: Callable[[], bool], what: str, timeout: float = 15, pause: float = 0.02
+) -> None:
     """Poll for what no event tells of."""
     deadline = time.monotonic() + timeout
     while not condition():
         assert time.monotonic() < deadline, f"waited {timeout} s for {what}"
-        time.sleep(0.02)
+        time.sleep(pause)

@@ -39,6 +39,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """The overlay, up, with the rows of a single stack, in a checkout under umask 077."""
     with compose.only_run():
         cluster = Cluster(compose.copy_checkout(tmp_path_factory.mktemp("cluster")))
+        cluster.look_often()
         with compose.cleared(cluster):
             cluster.run("docker", "compose", "up", "-d", "--build", "--wait",
                         seconds=240, variables=SINGLE)  # fmt: skip

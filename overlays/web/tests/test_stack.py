@@ -74,6 +74,7 @@ def locked() -> Iterator[None]:
 
 
 def run_stack(stack: Compose) -> Iterator[Compose]:
+    stack.look_often()
     with compose.cleared(stack):
         stack.up("--build")
         yield stack
