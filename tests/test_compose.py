@@ -297,7 +297,7 @@ REPLAYS = (
 CHANGES = re.compile(
     r"docker compose (--profile demo|up|down|stop|start|restart|run .*mosquitto)\b"
 )
-# Takes 40 s, and harms nobody.
+# Takes 15 s, and harms nobody.
 DEMO = "docker compose run --rm demo "
 # The dead letters of deadletters.md: its event of 85 degrees, and one that
 # came on another device's topic.
