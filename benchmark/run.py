@@ -43,6 +43,7 @@ from benchmark.bench import (
     wait_for_rows,
 )
 from benchmark.fleet import Fleet, FleetError, publishes
+from benchmark.least import STEPS
 from benchmark.machine import CpuClock, describe, memory_peak_mb
 from benchmark.systems import (
     LOG_SUBSCRIPTIONS,
@@ -83,9 +84,10 @@ FULL = Size(
         "plain": 10_000,
         "node-red": 20_000,
         "bento": 40_000,
-        "least": 60_000,
-    },
-    arrays={"ingester": 4_000, "plain": 300, "node-red": 1_200, "bento": 2_000, "least": 4_000},
+    }
+    | dict.fromkeys(STEPS, 60_000),
+    arrays={"ingester": 4_000, "plain": 300, "node-red": 1_200, "bento": 2_000}
+    | dict.fromkeys(STEPS, 4_000),
     latency_seconds={1: 30, 200: 15, 1_000: 8},
 )
 # With rows in the table, and with other settings: of the ingester alone.
@@ -303,7 +305,7 @@ def main() -> int:
             print(report.promise(promise.measure(all_here(), progress)))
             return 0
         if arguments.peers:
-            systems = all_here() | {"least": System(least)}
+            systems = all_here() | {name: System(least(name)) for name in STEPS}
             return peers(systems, arguments.rounds, f"{name}-peers")
         return full(all_here(), name)
     except (StackError, BenchmarkError, FleetError, bridge.Missing) as error:

@@ -62,17 +62,17 @@ def ingester(stack: Stack) -> Running:
 
 def plain(stack: Stack) -> Running:
     """Return the plain script, ready."""
-    return _script("plain", stack)
+    return _script("benchmark.plain", stack)
 
 
-def least(stack: Stack) -> Running:
-    """Return the script that does no more than it must, ready."""
-    return _script("least", stack)
+def least(name: str) -> Start:
+    """Return what starts the script that does no more than it must, with so much of the rest."""
+    return lambda stack: _script("benchmark.least", stack, name)
 
 
-def _script(name: str, stack: Stack) -> Running:
-    log_file, arguments = stack.folder / f"{name}.log", ("-m", f"benchmark.{name}")
-    process = Ingester(stack.environment, log_file, arguments=arguments)
+def _script(module: str, stack: Stack, *arguments: str) -> Running:
+    log_file = stack.folder / f"{module}.log"
+    process = Ingester(stack.environment, log_file, arguments=("-m", module, *arguments))
     process.start()
     process.wait_for_log("ready")
     return process

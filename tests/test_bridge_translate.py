@@ -609,6 +609,7 @@ def decoded(event: telemetry.Event) -> Event | Rejection:
     return result
 
 
+@pytest.mark.slow
 @given(topic=TOPICS, data=DOCUMENTS | st.binary(max_size=60), retained=st.booleans())
 @example(topic="a/b/sensor/x/state", data=b"\xff", retained=False)
 @example(topic="zigbee2mqtt/\0\ud800", data=b'{"\\ud800":"\\u0000"}', retained=False)

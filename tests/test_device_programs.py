@@ -24,15 +24,16 @@ import pytest
 
 from devices.python.telemetry import Outbox, PahoLink
 from tests.support.certificates import Authority
+from tests.support.each import first_or_all
 from tests.support.pipeline import Database, Pipeline, wait_until
 from tests.support.proxy import Proxy
 from tools.process import CHECKOUT, Process, clean_environment, free_port, run
 from tools.stack import Mosquitto, Stack
 
 LANGUAGES = {
+    "python": [sys.executable, "-m", "devices.python.host"],
     "arduino": ["devices/arduino/host/telemetry"],
     "micropython": ["devices/micropython/.tools/bin/micropython", "devices/micropython/host.py"],
-    "python": [sys.executable, "-m", "devices.python.host"],
 }
 MAKE = {
     "arduino": ["make", "-C", "devices/arduino/host"],
@@ -110,7 +111,7 @@ def servers() -> Iterator[Stack]:
         yield stack
 
 
-@pytest.fixture(scope="session", params=LANGUAGES)
+@pytest.fixture(scope="session", params=first_or_all(LANGUAGES))
 def language(request: pytest.FixtureRequest) -> str:
     """Build or get what its host program needs, if another worker has not."""
     name = str(request.param)

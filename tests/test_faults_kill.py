@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import pytest
 
+from tests.support.each import first_or_all
 from tests.support.findings import Finding
 from tests.support.kill_at import STEPS
 from tests.support.pipeline import Pipeline, wait_until
@@ -32,7 +33,7 @@ def run_until_killed(pipeline: Pipeline, step: str, number: int) -> None:
         doomed.kill()
 
 
-@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("step", first_or_all(STEPS))
 def test_killed_at_a_step_it_loses_nothing(
     running: Pipeline, report: Report, pytestconfig: pytest.Config, step: str
 ) -> None:

@@ -19,7 +19,7 @@ import psycopg2
 import pytest
 
 from tests.support.device import Device, event
-from tests.support.each import short_or_long
+from tests.support.each import first_or_all, short_or_long
 from tests.support.load import connects, heard_all
 from tests.support.pgbouncer import PgBouncer
 from tests.support.pipeline import Database, Pipeline, wait_until
@@ -688,7 +688,7 @@ def make_again(database: Database, encoding: str) -> None:
     database.postgres.apply_schema(database.name)
 
 
-@pytest.mark.parametrize("encoding", ["LATIN1", "SQL_ASCII", "EUC_JP"])
+@pytest.mark.parametrize("encoding", first_or_all(["LATIN1", "SQL_ASCII", "EUC_JP"]))
 def test_a_database_that_is_not_utf8_is_refused_in_words_before_anything_is_taken(
     pipeline: Pipeline, encoding: str
 ) -> None:
@@ -1004,7 +1004,7 @@ def encoding_wrong(pipeline: Pipeline, device: Device) -> Iterator[None]:
 STATES = [all_dropped, column_missing, looking_for_refused, read_only, hosts_mute, encoding_wrong]
 
 
-@pytest.mark.parametrize("state", STATES, ids=lambda state: state.__name__)
+@pytest.mark.parametrize("state", first_or_all(STATES), ids=lambda state: state.__name__)
 def test_a_sigterm_meanwhile_ends_it_in_time_and_loses_nothing(
     pipeline: Pipeline, state: State
 ) -> None:

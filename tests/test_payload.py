@@ -379,6 +379,7 @@ def seconds(payload: bytes) -> float:
     return min(times)
 
 
+@pytest.mark.slow
 @cases("payload_of", COSTLY.values(), ids=COSTLY)
 def test_the_time_is_proportional_to_the_bytes(payload_of: Callable[[int], bytes]) -> None:
     half, whole = payload_of(PAYLOAD_BYTES_MAX // 4), payload_of(PAYLOAD_BYTES_MAX)

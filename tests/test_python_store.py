@@ -36,6 +36,7 @@ from devices.python.telemetry import (
     StoreReadOnly,
 )
 from devices.python.telemetry.errors import BY_CODE, file_error, store_error
+from tests.support.each import first_or_all
 from tests.test_faults_disk import tmpfs
 from tools.process import CHECKOUT
 
@@ -312,7 +313,7 @@ def takes(tmp_path_factory: pytest.TempPathFactory) -> list[Taken]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["events.db", "events.db-wal", "last"])
-@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("damage", first_or_all(DAMAGES))
 def test_damage_is_noticed_and_costs_no_more_than_what_is_damaged(
     takes: list[Taken], tmp_path: Path, name: str, damage: str
 ) -> None:

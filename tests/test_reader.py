@@ -14,6 +14,7 @@ from typing import Any
 import psycopg2
 import pytest
 
+from tests.support.each import first_or_all
 from tests.support.pipeline import wait_until
 from tools.stack import Stack
 
@@ -59,7 +60,7 @@ def refused(stack: Stack, password: str) -> str:
     return str(error.value)
 
 
-@pytest.mark.parametrize("password", ["any", ODD_PASSWORD, "'", "\\", "a" * 200])
+@pytest.mark.parametrize("password", first_or_all([ODD_PASSWORD, "any", "'", "\\", "a" * 200]))
 def test_it_logs_in_by_the_password_that_was_given_last(fresh: Stack, password: str) -> None:
     fresh.postgres.apply_schema(reader_password="before")
     fresh.postgres.apply_schema(reader_password=password)

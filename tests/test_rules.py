@@ -417,7 +417,11 @@ def test_the_table_of_settings_names_every_variable_and_no_other() -> None:
     [
         ("ruff", "check", "."),
         ("ruff", "format", "--check", "."),
-        ("mypy", "--strict", "ingester", "devices", "tools", "tests", "benchmark"),
+        # Half a minute in a fresh clone.
+        pytest.param(
+            ("mypy", "--strict", "ingester", "devices", "tools", "tests", "benchmark"),
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=" ".join,
 )

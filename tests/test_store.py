@@ -20,6 +20,7 @@ from ingester.event import Event
 from ingester.rejection import DeadLetter, Reason, Rejection
 from ingester.sqlstate import FAULTS, Fault, fault_of
 from ingester.store import Outcome, Store
+from tests.support.each import cases
 from tests.support.pipeline import Database, insert
 
 NOON = datetime(2026, 2, 10, 12, tzinfo=UTC)
@@ -72,7 +73,7 @@ def test_repeats_within_a_batch_are_compared_with_the_first_of_them(
     assert database.query("SELECT value_num FROM events WHERE event_id = 'a'") == [(21.5,)]
 
 
-@pytest.mark.parametrize(
+@cases(
     "change",
     [
         {"device_id": "device-2"},
@@ -86,17 +87,17 @@ def test_repeats_within_a_batch_are_compared_with_the_first_of_them(
         {"ts_device": None},
         {"meta": '{"a": 1}'},
     ],
-    ids=str,
 )
 def test_any_other_content_under_the_same_id_is_a_conflict(
     store: Store, change: dict[str, Any]
 ) -> None:
-    assert insert(store, [make("a")]) == [STORED]
-    assert insert(store, [make("a", **change)]) == [CONFLICT]
-    assert insert(store, [make("a")]) == [DUPLICATE]
+    event_id = str(change)
+    assert insert(store, [make(event_id)]) == [STORED]
+    assert insert(store, [make(event_id, **change)]) == [CONFLICT]
+    assert insert(store, [make(event_id)]) == [DUPLICATE]
 
 
-@pytest.mark.parametrize(
+@cases(
     ("stored", "sent", "outcome"),
     [
         ('{"a": 1, "b": 2}', '{"b": 2, "a": 1}', DUPLICATE),
@@ -119,17 +120,19 @@ def test_any_other_content_under_the_same_id_is_a_conflict(
 def test_meta_is_compared_as_jsonb_keeps_it(
     store: Store, stored: str, sent: str, outcome: Outcome
 ) -> None:
-    assert insert(store, [make("a", meta=stored)]) == [STORED]
-    assert insert(store, [make("a", meta=sent)]) == [outcome]
+    event_id = f"{stored} and {sent}"
+    assert insert(store, [make(event_id, meta=stored)]) == [STORED]
+    assert insert(store, [make(event_id, meta=sent)]) == [outcome]
 
 
-@pytest.mark.parametrize("value", [0.1, -0.0, 1e308, 5e-324, 2.0**53 + 2, 1 / 3])
+@cases("value", [0.1, -0.0, 1e308, 5e-324, 2.0**53 + 2, 1 / 3])
 def test_doubles_and_early_and_late_timestamps_come_back_exactly(
     store: Store, value: float
 ) -> None:
     early = datetime(1, 1, 1, tzinfo=UTC)
     late = datetime(9999, 12, 31, 23, 59, 59, 999999, tzinfo=UTC)
-    events = [make("a", value_num=value, ts_device=early), make("b", ts_device=late)]
+    first, second = f"{value} early", f"{value} late"
+    events = [make(first, value_num=value, ts_device=early), make(second, ts_device=late)]
     assert insert(store, events) == [STORED, STORED]
     assert insert(store, events) == [DUPLICATE, DUPLICATE]
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.support.device import event
+from tests.support.each import first_or_all
 from tests.support.pipeline import Database, Pipeline, wait_until
 from tools.process import CHECKOUT, StackError, clean_environment, run
 from tools.stack import Stack
@@ -55,7 +56,9 @@ COLUMNS = {
 
 
 @pytest.fixture(
-    params=sorted((CHECKOUT / "tests/data").glob("schema_*.sql")), ids=lambda it: it.stem
+    # The newest first.
+    params=first_or_all(sorted((CHECKOUT / "tests/data").glob("schema_*.sql"), reverse=True)),
+    ids=lambda it: it.stem,
 )
 def earlier_release(servers: Stack, request: pytest.FixtureRequest) -> Iterator[Database]:
     """A database as an earlier version made it, with rows in it."""

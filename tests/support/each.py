@@ -2,8 +2,8 @@
 
 What it does: gives the test one value after the other, where a test of its own for each would cost
 more (10 ms) than what it does, and fails with each that it failed for, and why; or has a test run
-long with --faults, and briefly without. What it does not: fixtures for each. Where a value needs
-one, or takes long, it is parametrised.
+long, or for all values, with --faults, and briefly, or for one, without. What it does not: fixtures
+for each. Where a value needs one, or takes long, it is parametrised.
 
 Invariant: every value is tried, whatever happened to those before it; with none at all it fails.
 """
@@ -21,6 +21,15 @@ def short_or_long(short: int, long: int) -> list[Any]:
     return [
         pytest.param(short, marks=pytest.mark.brief),
         pytest.param(long, marks=pytest.mark.faults),
+    ]
+
+
+def first_or_all(values: Iterable[Any]) -> list[Any]:
+    """Return what to parametrise with: the first, and with --faults all. Several are a tuple."""
+    first, *others = (value if isinstance(value, tuple) else (value,) for value in values)
+    return [
+        pytest.param(*first),
+        *(pytest.param(*other, marks=pytest.mark.faults) for other in others),
     ]
 
 
