@@ -437,6 +437,7 @@ def test_a_port_that_takes_the_connection_and_says_nothing_is_told_as_that(
 # --- while the database works ------------------------------------------------------------
 
 
+@pytest.mark.faults
 def test_a_session_that_is_not_read_for_long_is_kept(
     pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -888,7 +888,7 @@ LONG = [faults, pytest.mark.timeout(260)]
 @pytest.mark.parametrize(
     ("seconds", "one_in", "timeout"),
     [
-        (0.01, 3, 60),
+        pytest.param(0.01, 3, 60, marks=faults),
         # A whole batch takes 25 s, longer than a statement may: it must be halved.
         pytest.param(0.05, 3, 200, marks=LONG),
         pytest.param(0.05, 450, 200, marks=LONG),

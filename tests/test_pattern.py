@@ -210,7 +210,7 @@ EVENTS = objects(
 
 @pytest.mark.slow
 @given(st.lists(EVENTS, min_size=1, max_size=3), st.booleans())
-@settings(PATIENT, max_examples=1_000)
+@settings(PATIENT, max_examples=500)
 def test_what_the_pattern_finds_is_what_parsing_finds(events: list[str], in_array: bool) -> None:
     payload = f"[{','.join(events)}]" if in_array else events[0]
     both_ways(DEVICE, payload.encode(), LOS_ANGELES)

@@ -102,6 +102,7 @@ def test_a_loop_that_hangs_ends_the_process_with_a_traceback_of_where(
     assert "ingester/app.py" in traceback
 
 
+@pytest.mark.faults
 def test_a_name_that_nobody_answers_for_is_logged_and_the_process_goes_on(
     questions: socket.socket, start: Callable[..., Ingester]
 ) -> None:
