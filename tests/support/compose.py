@@ -79,7 +79,8 @@ class Compose:
         """From the next up() on: ask a service that starts for its health twice a second.
 
         As the copy has it, Docker first asks when 3 or 5 seconds are over, which is most of what
-        these tests would wait for. Of one that has been healthy it asks as before.
+        these tests would wait for. Of one that has been healthy it asks as before. Upgrades,
+        backups and the bridge are tested with the files as they are.
         """
         asked = ("docker", "version", "--format", "{{.Server.Version}}")
         if int(self.run(*asked).stdout.partition(".")[0]) < START_INTERVAL_ENGINE_MIN:

@@ -155,10 +155,10 @@ def restart_from(mosquitto: Mosquitto, state: bytes) -> None:
 
 
 def wait_until(
-    condition: Callable[[], bool], what: str, timeout: float = 15, pause: float = 0.02
+    condition: Callable[[], bool], what: str, timeout: float = 15, pause_seconds: float = 0.02
 ) -> None:
     """Poll for what no event tells of."""
     deadline = time.monotonic() + timeout
     while not condition():
         assert time.monotonic() < deadline, f"waited {timeout} s for {what}"
-        time.sleep(pause)
+        time.sleep(pause_seconds)
