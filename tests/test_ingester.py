@@ -515,6 +515,11 @@ def test_a_signal_under_load_ends_it_in_good_time_with_code_0(
     assert running.database.count() == 2000
 
 
+def test_one_that_is_stopped_right_after_its_start_ends_with_code_0(pipeline: Pipeline) -> None:
+    pipeline.ingester.start()
+    assert pipeline.ingester.stop() == 0
+
+
 def test_a_bug_ends_it_with_a_traceback_and_nothing_is_lost(pipeline: Pipeline) -> None:
     """Stands for any bug: one in Store, put there from outside."""
     command = pipeline.ingester.command

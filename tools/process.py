@@ -15,6 +15,7 @@ import itertools
 import os
 import pwd
 import random
+import re
 import resource
 import shutil
 import signal
@@ -213,6 +214,16 @@ def process_status(pid: int) -> tuple[str, int]:
     except (FileNotFoundError, ProcessLookupError):
         return "Z", 0
     return fields[0], int(fields[1])
+
+
+def catches(pid: int, number: int) -> bool:
+    """Whether the process has a handler for the signal (proc(5), SigCgt); a gone one has none."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    caught = re.search(r"(?m)^SigCgt:\s*([0-9a-f]+)$", status)
+    return caught is not None and bool(int(caught[1], 16) >> number - 1 & 1)
 
 
 # --- one process ---------------------------------------------------------------------

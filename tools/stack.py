@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import NamedTuple, Self
@@ -29,6 +29,7 @@ from tools.process import (
     LOOPBACK,
     Process,
     StackError,
+    catches,
     chown_tree,
     clean_environment,
     free_port,
@@ -278,6 +279,12 @@ class Ingester(Process):
     def start(self) -> None:
         environment = clean_environment() | {"PYTHONUNBUFFERED": "1"} | self.environment
         self._spawn(self.command, environment, self.checkout)
+
+    def ask_to_stop(self) -> None:
+        # While it loads, the signal would end it as if it had failed.
+        with suppress(StackError):  # it has ended by itself, or is something that never listens
+            self.wait_until(lambda: catches(self.pid, self.stop_signal), "a handler", 5)
+        super().ask_to_stop()
 
     def wait_ready(self, timeout: float = 15.0) -> None:
         deadline = time.monotonic() + timeout
