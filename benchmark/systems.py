@@ -66,7 +66,7 @@ def plain(stack: Stack) -> Running:
 
 
 def least(name: str) -> Start:
-    """Return what starts the script that does no more than it must, with so much of the rest."""
+    """Return how to start least.py as the step of this name."""
     return lambda stack: _script("benchmark.least", stack, name)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import psycopg2
 import pytest
 
+from benchmark.machine import memory_peak_mb
 from tests.support.device import event
 from tests.support.findings import Finding, find
 from tests.support.load import (
@@ -21,7 +22,6 @@ from tests.support.load import (
     database_down,
     devices,
     hear_all,
-    peak_megabytes,
 )
 from tests.support.pipeline import Database, Pipeline, wait_until
 from tests.support.proxy import Proxy
@@ -412,7 +412,7 @@ def test_all_that_queues_up_while_the_database_is_down_is_stored(
     log = ingester.log()
     assert log.count("WARNING") == 1, log
     assert log.count("INFO Postgres: back after") == 1
-    peak = peak_megabytes(ingester)
+    peak = memory_peak_mb(ingester)
     assert peak < PEAK_MEGABYTES_MAX
     note = f"first ACK after {first_seconds:.1f} s, the last after {seconds:.0f} s, {peak:.0f} MB"
     case = f"database down until {number:,} events wait"

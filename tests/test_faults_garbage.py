@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from benchmark.machine import CpuClock
+from benchmark.machine import CpuClock, memory_peak_mb
 from ingester.event import ARRAY_EVENTS_MAX, PAYLOAD_BYTES_MAX, decode
 from tests.support.device import Device, event
 from tests.support.findings import Finding, find
-from tests.support.load import check_own_reconnects, devices, peak_megabytes
+from tests.support.load import check_own_reconnects, devices
 from tests.support.pipeline import Pipeline
 
 Report = Callable[[Finding], None]
@@ -28,9 +28,9 @@ MESSAGES = 100
 # At most 73 were measured. What is kept until the last is answered adds 0.25 and more a message.
 MEGABYTES_MAX = 95
 # CPU time until the other's ACK, in units of what it takes here to decode 20 messages of 1,000
-# valid events, just before and behind it: a machine may be slow. Up to 41 were measured with other
-# tests beside it, which are in the time on the clock, and hardly in this. Where a unit is 0.06 s,
-# 100 of them are 60 ms for each message.
+# valid events, just before and behind it: a machine may be slow. CPU time and not that on the
+# clock, as other tests run beside these; with them, up to 41 were measured. Where a unit is 0.06 s,
+# 100 of them allow each message 60 ms.
 RATIO_MAX = 100
 # Other programs make the same work take more CPU time, but rarely twice in a row.
 TRIES = 2
@@ -260,7 +260,7 @@ def cost_of(
             return enough and answers(flooding) >= heard + messages
 
         flooding.wait(answered, f"answers to {messages} messages", 60)
-    return Cost(tries, peak_megabytes(pipeline.ingester))
+    return Cost(tries, memory_peak_mb(pipeline.ingester))
 
 
 @pytest.mark.parametrize(("kind", "variety"), cases())
@@ -351,7 +351,7 @@ def test_a_backlog_with_one_percent_invalid_does_not_fill_the_memory(
         steady.ingester.resume()
         for device in publishers:
             device.wait(partial(answered_all, device), "an ACK for each event", 60)
-        peak = peak_megabytes(steady.ingester)
+        peak = memory_peak_mb(steady.ingester)
         note = f"1 % of them invalid, {events_each} a message; memory {peak:.0f} MB"
         report(find(f"a backlog of {number:,} events", publishers, steady.database, note=note))
     assert steady.database.count("dead_letters") == number // wrong_every

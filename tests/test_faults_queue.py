@@ -16,6 +16,7 @@ from functools import partial
 
 import pytest
 
+from benchmark.machine import memory_peak_mb
 from tests.support.device import Device, event
 from tests.support.each import short_or_long
 from tests.support.findings import Finding, find
@@ -28,7 +29,6 @@ from tests.support.load import (
     devices,
     hear_all,
     load,
-    peak_megabytes,
     wait_for_load,
 )
 from tests.support.pipeline import Pipeline, wait_until
@@ -82,7 +82,7 @@ def test_what_is_published_while_the_ingester_is_away_is_stored_when_it_is_back(
         steady.database.wait_count("events", number, 90)
         seconds = time.monotonic() - began_at
         hear_all(publishers, 60)
-        peak = peak_megabytes(steady.ingester)
+        peak = memory_peak_mb(steady.ingester)
         dropped = broker_dropped(steady)
         note = f"half of them QoS 0; stored within {seconds:.1f} s, memory {peak:.0f} MB"
         case = f"ingester away while {number:,} events are published"
@@ -184,10 +184,10 @@ def test_big_events_for_a_waiting_ingester_do_not_fill_its_memory(
                 device.send(event(index, device.device_id, value=f"{index:06}" + "x" * 250_000))
             wait_until_taken(publishers)
             steady.ingester.wait_for_log("WARNING Postgres: ")
-            waiting = peak_megabytes(steady.ingester)
+            waiting = memory_peak_mb(steady.ingester)
             assert connects(steady) == 1  # the MQTT session stayed
         hear_all(publishers, 60)
-        peak = peak_megabytes(steady.ingester)
+        peak = memory_peak_mb(steady.ingester)
         seconds = time.monotonic() - began_at
         note = f"memory {waiting:.0f} MB while waiting, {peak:.0f} MB in all"
         case = f"{number} events of 250 kB while the database is down"

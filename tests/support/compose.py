@@ -1,7 +1,7 @@
 """The stack of docker-compose.yml, driven as a person drives it, by `docker compose`.
 
 What it does: copies the checkout, as a fresh clone under umask 077 would be, runs the compose
-file there unchanged, or with an older broker, or health checks that come sooner, and otherwise
+file there, with an older broker or earlier health checks where a test asks for them and otherwise
 unchanged, and takes everything away.
 What it does not: touch the project `homelab`, whose volume holds somebody's events: the copy
 runs under a project name of its own.
@@ -76,10 +76,10 @@ class Compose:
         self.broker = image
 
     def look_often(self) -> None:
-        """From the next up() on: ask a service that starts for its health twice a second.
+        """From the next up() on: have Docker check a starting service twice a second.
 
-        As the copy has it, Docker first asks when 3 or 5 seconds are over, which is most of what
-        these tests would wait for. Of one that has been healthy it asks as before. Upgrades,
+        Otherwise the first check comes after 3 or 5 seconds, and these tests would spend most of
+        their time waiting for it. Once a service is healthy, it is checked as before. Upgrades,
         backups and the bridge are tested with the files as they are.
         """
         asked = ("docker", "version", "--format", "{{.Server.Version}}")
@@ -164,7 +164,7 @@ class Compose:
 
     def wait_health(self, service: str, health: str, timeout: float = 60) -> None:
         """Wait for what health() is to say."""
-        # Each look starts a program of 20 ms, and Docker itself looks twice a second at most.
+        # Each look costs 20 ms of CPU, and Docker checks at most twice a second.
         wait_until(lambda: self.health(service) == health, f"{health} {service}", timeout, 0.2)
 
     def wait_healthy(self) -> None:

@@ -132,7 +132,7 @@ NOT_TYPED = {
     ".venv/bin/python -m benchmark.run --growth": "takes 25 minutes",
     ".venv/bin/python -m benchmark.run --growth devices elements": "takes 8 minutes",
     "tools/bootstrap --packages gnuplot-nox fonts-dejavu-core linux-perf": _NETWORK,
-    ".venv/bin/python -m benchmark.run --peers --rounds 3": "takes 15 minutes",
+    ".venv/bin/python -m benchmark.run --peers --rounds 3": "takes 25 minutes",
     ".venv/bin/python -m benchmark.run --promise": "takes 7 minutes; test_benchmark.py calls it",
     ".venv/bin/python -m benchmark.run --against FOLDER": "takes 8 minutes",
     ".venv/bin/python -m benchmark.run --against ../before": "takes 8 minutes",

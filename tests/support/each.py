@@ -25,7 +25,10 @@ def short_or_long(short: int, long: int) -> list[Any]:
 
 
 def first_or_all(values: Iterable[Any]) -> list[Any]:
-    """Return what to parametrise with: the first, and with --faults all. Several are a tuple."""
+    """Return what to parametrise with: the first value, or with --faults all.
+
+    With several names a value is a tuple.
+    """
     first, *others = (value if isinstance(value, tuple) else (value,) for value in values)
     return [
         pytest.param(*first),

@@ -13,11 +13,10 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from pathlib import Path
 
 from tests.support.device import Device, event
 from tests.support.pipeline import Database, Pipeline, wait_until
-from tools.process import Process, clean_environment, run
+from tools.process import clean_environment, run
 
 TURN_SECONDS = 0.01
 
@@ -141,14 +140,6 @@ def check_own_reconnects(pipeline: Pipeline) -> None:
     # The last of them may still be under way.
     wait_until(lambda: connects(pipeline) > chosen(), "the ingester to be connected again")
     assert connects(pipeline) == 1 + chosen()
-
-
-def peak_megabytes(process: Process) -> float:
-    """Return the most memory that the process has had in RAM, in MB (VmHWM)."""
-    status = Path(f"/proc/{process.pid}/status").read_text()
-    match = re.search(r"(?m)^VmHWM:\s+(\d+) kB$", status)
-    assert match
-    return int(match[1]) * 1024 / 1e6
 
 
 def broker_dropped(pipeline: Pipeline) -> int:

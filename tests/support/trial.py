@@ -15,9 +15,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from benchmark.machine import memory_peak_mb
 from tests.support.device import Device, event
 from tests.support.findings import Finding, find
-from tests.support.load import connects, devices, hear_all, load, peak_megabytes, wait_for_acks
+from tests.support.load import connects, devices, hear_all, load, wait_for_acks
 from tests.support.pipeline import Pipeline, wait_until
 
 RECOVERY_SECONDS_MAX = 5.0
@@ -77,7 +78,7 @@ class Trial:
         ingester = self.pipeline.ingester
         assert ingester.running, ingester.log_tail()
         assert ingester.pid == self._pid
-        peak = peak_megabytes(ingester)
+        peak = memory_peak_mb(ingester)
         assert peak < PEAK_MEGABYTES_MAX, f"{case}: {peak:.0f} MB"
         log = ingester.log(self._log_start)
         assert connects(self.pipeline) == self._connects, log
